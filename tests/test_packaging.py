@@ -1,0 +1,217 @@
+"""What a user installs and imports: light, complete, and made of modules that know each other one way."""
+
+import ast
+import graphlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "efreg"
+TEST_COMMAND = 'pip install -e ".[test]" && pytest'
+DEMO_COMMAND = 'pip install ".[lab]" && efreg demo'
+
+
+def run_python(code: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, **options
+    )
+
+
+def test_import_brings_torch_only():
+    """`import efreg` adds no other package, and nothing of torch that pulls Triton or a compiler in."""
+    added = run_python(
+        "import sys, torch; before = set(sys.modules); import efreg; print(*(set(sys.modules) - before))",
+        cwd=ROOT,
+    )
+    assert added.returncode == 0, added.stderr
+    modules = set(added.stdout.split())
+    packages = {name.partition(".")[0] for name in modules} - sys.stdlib_module_names
+    assert packages <= {"efreg", "torch"}
+    assert not modules & {"efreg.lab", "efreg.cli", "torch.utils.cpp_extension", "torch.utils.flop_counter"}
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of the modules of efreg that a source file imports, at its top or inside a function."""
+    package = path.relative_to(ROOT).parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            up = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join(filter(None, (*up, node.module)))
+            found |= {module_of(f"{base}.{alias.name}") or base for alias in node.names}
+    return {name for name in found if name.partition(".")[0] == "efreg"}
+
+
+def module_of(name: str) -> str | None:
+    path = ROOT.joinpath(*name.split("."))
+    return name if path.with_suffix(".py").is_file() or (path / "__init__.py").is_file() else None
+
+
+def graph() -> dict[str, set[str]]:
+    """Module -> the modules of efreg that it imports, for all of efreg/."""
+    files = [path for path in PACKAGE.rglob("*.py") if "csrc" not in path.parts]
+    names = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in files
+    }
+    return {name: imports(path) for name, path in names.items()}
+
+
+def on_top(name: str) -> bool:
+    return name.split(".")[1:2] in (["lab"], ["cli"], ["__main__"])
+
+
+def test_imports_go_one_way():
+    """No cycle, counting the package's own __init__; nothing of the library knows the programs on top."""
+    modules = graph()
+    tuple(graphlib.TopologicalSorter(modules).static_order())  # raises CycleError
+    assert {name for name, known in modules.items() if not on_top(name) and any(map(on_top, known))} == set()
+    assert "efreg.attachment" not in modules["efreg.ops"]
+    assert "efreg.surgery" not in modules["efreg.planning"]
+
+
+@pytest.mark.parametrize("name", ["efreg.reference", "efreg.laws"])
+def test_the_definition_stands_alone(name):
+    assert not graph()[name]
+
+
+def test_programs_use_public_names_only():
+    """The lab and the console script see what a user sees; `efreg.env` is the text of `efreg env`."""
+    for name, known in graph().items():
+        if on_top(name):
+            assert {other for other in known if not on_top(other)} <= {"efreg", "efreg.env"}, name
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
+
+
+def test_dependencies():
+    """The library needs nothing of the lab; the tests need the lab."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert names(project["dependencies"]) == {
+        "torch",
+        "numpy",
+        "torch-pruning",
+        "safetensors",
+        "ninja",
+        "filelock",
+    }
+    extras = project["optional-dependencies"]
+    assert not names(extras["lab"]) & names(project["dependencies"])
+    assert "efreg[lab]" in extras["test"]
+
+
+def test_readme_and_ci_run_the_same_commands():
+    readme = (ROOT / "README.md").read_text()
+    assert TEST_COMMAND in readme
+    assert DEMO_COMMAND in readme
+    assert TEST_COMMAND in (ROOT / ".ci" / "run").read_text()
+
+
+def test_sources_are_linked_into_the_package():
+    """A symbolic link, to git as well: a copy would drift from csrc/."""
+    assert os.readlink(PACKAGE / "csrc") == "../csrc"
+    if (ROOT / ".git").exists():
+        tracked = subprocess.run(
+            ["git", "ls-files", "-s", "efreg/csrc"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert tracked.stdout.startswith("120000 ")
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A copy of what a build reads."""
+    for name in (
+        "pyproject.toml",
+        "setup.py",
+        "MANIFEST.in",
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "CITATION.cff",
+    ):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("efreg", "csrc", "tests"):
+        shutil.copytree(
+            ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.so")
+        )
+    return tmp_path
+
+
+def build(folder: Path, what: str, mode: str = "0") -> subprocess.CompletedProcess:
+    """Builds into folder/dist as pip does without isolation; the file's name is the last word printed."""
+    code = f"from setuptools import build_meta; print(build_meta.build_{what}('dist'))"
+    return run_python(code, cwd=folder, env={**os.environ, "EFREG_BUILD": mode})
+
+
+def contents(folder: Path, result: subprocess.CompletedProcess) -> set[str]:
+    assert result.returncode == 0, result.stderr
+    with zipfile.ZipFile(folder / "dist" / result.stdout.split()[-1]) as wheel:
+        return {name for name in wheel.namelist() if ".dist-info/" not in name}
+
+
+def test_wheel_carries_the_library_and_its_sources(checkout):
+    """Every module, C++ source and py.typed; no test, bench or data."""
+    tracked = [*PACKAGE.rglob("*.py"), *(PACKAGE / "csrc").rglob("*.h"), *(PACKAGE / "csrc").rglob("*.cpp")]
+    expected = {path.relative_to(ROOT).as_posix() for path in tracked} | {"efreg/py.typed"}
+    assert "efreg/csrc/cpu/force.cpp" in expected
+    assert contents(checkout, build(checkout, "wheel")) == expected
+
+
+def test_wheel_can_be_built_from_the_sdist(checkout):
+    sdist = build(checkout, "sdist")
+    assert sdist.returncode == 0, sdist.stderr
+    shutil.unpack_archive(checkout / "dist" / sdist.stdout.split()[-1], checkout / "unpacked")
+    (unpacked,) = (checkout / "unpacked").iterdir()
+    assert contents(unpacked, build(unpacked, "wheel")) == contents(checkout, build(checkout, "wheel"))
+
+
+def test_lost_link_names_the_remedy(checkout):
+    """Zip archives and Windows checkouts leave a text file where the link was."""
+    (checkout / "efreg" / "csrc").unlink()
+    (checkout / "efreg" / "csrc").write_text("../csrc")
+    result = build(checkout, "wheel")
+    assert result.returncode != 0
+    assert "git config core.symlinks true && git checkout -- efreg/csrc" in result.stderr
+
+
+@pytest.mark.parametrize("mode", ["cuda", "gpu"])
+def test_unknown_build_mode_is_refused(checkout, mode):
+    result = build(checkout, "wheel", mode)
+    assert result.returncode != 0
+    assert f"EFREG_BUILD={mode}" in result.stderr
+
+
+def test_missing_compiler(checkout, monkeypatch):
+    """`auto` warns and leaves the operations to the first use, `cpu` refuses."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    automatic = build(checkout, "wheel", "auto")
+    assert automatic.returncode == 0
+    assert "no-such-compiler" in automatic.stderr
+    assert "py3-none-any" in automatic.stdout
+    insisted = build(checkout, "wheel", "cpu")
+    assert insisted.returncode != 0
+    assert "no-such-compiler" in insisted.stderr
+
+
+@pytest.mark.slow
+def test_extension_is_built_ahead(checkout):
+    """The wheel holds the module under the name by which the library looks for it."""
+    built = {name for name in contents(checkout, build(checkout, "wheel", "cpu")) if name.endswith(".so")}
+    name = run_python("from efreg import native; print(native.module_name())", cwd=checkout).stdout.strip()
+    assert {path.partition(".")[0] for path in built} == {f"efreg/{name}"}
