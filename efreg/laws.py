@@ -1,0 +1,157 @@
+"""Laws: how statistics of a layer's N filters become N coefficients. The only step in which forces differ."""
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+COULOMB = 8.99e9
+"""k_e of Eq. 6, used as a number."""
+
+
+@dataclass(frozen=True)
+class Charges:
+    """Statistics of one layer's N filters, each flattened to D numbers.
+
+    magnitude: [N], m_n = ‖w_n‖₁ (Eq. 3).
+    sign: [N], s_n of −1, 0 and 1 (Eq. 4); 0 also for a filter that is not finite.
+    size: D.
+    norm: [N], ‖w_n‖₂, for laws that need it.
+    coefficient: [N], c_n, once a law has been applied.
+
+    Tensors are float32, or float64 for float64 weights, on the weight's device.
+    """
+
+    magnitude: Tensor
+    sign: Tensor
+    size: int
+    norm: Tensor | None = None
+    coefficient: Tensor | None = None
+
+    @property
+    def charge(self) -> Tensor:
+        """[N], q_n = s_n · m_n (Eq. 2)."""
+        return self.sign * self.magnitude
+
+    @property
+    def source(self) -> Tensor:
+        """0-dim index of the largest finite magnitude, the lowest where several tie (Algorithm 1, line 8)."""
+        return torch.where(self.magnitude.isfinite(), self.magnitude, -1).argmax()
+
+
+@dataclass(frozen=True)
+class Law:
+    """A force: from charges to coefficients. Subclass it for a force of your own.
+
+    A subclass gives `coefficients` and, where they differ, `direction` ("sign" pulls along sgn(w), "radial"
+    along w/‖w_n‖₂), `sign` ("count" or "sum", how a filter's sign is taken) and `needs_norm`. Index with
+    `gather` or `index_select`: `m[m.argmax()]` cannot be compiled into one graph.
+
+    alpha: the strength α ≥ 0. Raises TypeError for what is no number, ValueError for one not finite or < 0.
+    """
+
+    alpha: float
+
+    direction: ClassVar[str] = "sign"
+    needs_norm: ClassVar[bool] = False
+    sign = "count"
+
+    def __post_init__(self):
+        _require_nonnegative("alpha", self.alpha)
+        if self.direction not in ("sign", "radial"):
+            raise ValueError(f"{type(self).__name__}.direction is {self.direction!r}: use 'sign' or 'radial'")
+
+    def coefficients(self, charges: Charges) -> Tensor:
+        """c_n ≥ 0, a tensor [N] of the magnitudes' dtype and device; 0 leaves a filter alone."""
+        raise NotImplementedError(f"{type(self).__name__} must define coefficients(charges)")
+
+    def energy(self, charges: Charges, coefficients: Tensor) -> Tensor:
+        """α Σ_n F_n of the layer: Σ c_n · ‖w_n‖₁, or Σ c_n · ‖w_n‖₂ for a radial law. 0-dim.
+
+        Its gradient with the coefficients held constant is what `pull` adds (Eq. 10). A filter that is not
+        finite has coefficient 0 and no energy.
+        """
+        length = charges.norm if self.direction == "radial" else charges.magnitude
+        return torch.where(coefficients != 0, coefficients * length, 0).sum()
+
+    @property
+    def measures_norm(self) -> bool:
+        """Whether `Charges.norm` is to be measured."""
+        return self.needs_norm or self.direction == "radial"
+
+
+@dataclass(frozen=True)
+class Electrostatic(Law):
+    """Electrostatic force: c_n = α · k_e · m_src / r_n², r_n = |q_src − q_n| (arXiv 2411.11079, Eq. 5, 6, 10).
+
+    c_n is 0 for the source, for a neutral filter (s_n = 0), everywhere when the source is neutral, and
+    wherever the formula is not finite (a filter of the source's own charge, r_n = 0).
+
+    k_e: Coulomb's constant as a number, so α = 1e-12 means α · k_e = 8.99e-3.
+    sign: "count" is s_n = sgn(Σ sgn(w)), as Algorithm 1 reads; "sum" is sgn(Σ w).
+    softening: ε ≥ 0 bounds c_n by α · k_e / (ε² · m_src) through r² + (ε · m_src)²; 0 is the paper's formula.
+    """
+
+    k_e: float = COULOMB
+    sign: str = "count"
+    softening: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require_nonnegative("k_e", self.k_e)
+        _require_nonnegative("softening", self.softening)
+        if self.sign not in ("count", "sum"):
+            raise ValueError(f"sign is {self.sign!r}: use 'count' or 'sum'")
+
+    def coefficients(self, charges: Charges) -> Tensor:
+        m, s = charges.magnitude, charges.sign
+        if len(m) == 0:
+            return m.clone()
+        source = charges.source.reshape(1)
+        m_src, s_src = m.index_select(0, source), s.index_select(0, source)
+        r = (s_src * m_src - s * m).abs()
+        if self.softening:
+            r = torch.hypot(r, self.softening * m_src)
+        c = (self.alpha * self.k_e / r) * (m_src / r)
+        acts = c.isfinite() & (s != 0) & (s_src != 0) & (torch.arange(len(m), device=m.device) != source)
+        return torch.where(acts, c, 0)
+
+
+@dataclass(frozen=True)
+class L1(Law):
+    """The L1 penalty α · Σ_n ‖w_n‖₁: c_n = α for every finite filter. The paper's baseline, at α = 1e-2."""
+
+    def coefficients(self, charges: Charges) -> Tensor:
+        return torch.where(charges.magnitude.isfinite(), self.alpha, torch.zeros_like(charges.magnitude))
+
+
+LAWS: dict[str, type[Law]] = {"electrostatic": Electrostatic, "l1": L1}
+"""The laws that can be asked for by name."""
+
+
+def resolve(law: str | Law, alpha: float | None) -> Law:
+    """The law meant by a name and α, or by an instance (which carries its own α).
+
+    Raises ValueError for an unknown name, a name without α, or an instance with one; TypeError otherwise.
+    """
+    if isinstance(law, Law):
+        if alpha is not None:
+            raise ValueError(f"alpha={alpha!r} beside {law!r}, which has its own: give one of them")
+        return law
+    if not isinstance(law, str):
+        raise TypeError(f"law is {law!r}: give a name ({', '.join(LAWS)}) or an instance of efreg.Law")
+    if law not in LAWS:
+        raise ValueError(f"unknown law {law!r}: there are {', '.join(LAWS)}")
+    if alpha is None:
+        raise ValueError(f"law {law!r} needs a strength: give alpha, for example alpha=1e-12")
+    return LAWS[law](alpha)
+
+
+def _require_nonnegative(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} is {value!r}: it must be a number")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} is {value!r}: it must be finite and not negative")

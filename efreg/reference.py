@@ -1,0 +1,100 @@
+"""The three operations in plain torch: the definition that every other backend is held against.
+
+A filter is one slice of a weight along `dim`, flattened to D numbers: dim 0 for convolutions and linear
+layers, dim 1 for transposed convolutions. Sums are accumulated in float32 for float32, bfloat16 and float16
+weights, in float64 for float64.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which statistics of weights of `dtype` are summed and kept."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def as_rows(tensor: Tensor, dim: int = 0) -> Tensor:
+    """The filters of `tensor` as the rows of a matrix [N, D]."""
+    filters = tensor.movedim(dim, 0)
+    return filters.reshape(len(filters), math.prod(filters.shape[1:]))
+
+
+def measure(
+    weight: Tensor, dim: int = 0, *, sign: str = "count", norm: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Statistics of each filter: magnitude m_n = ‖w_n‖₁ (Eq. 3), sign s_n (Eq. 4), and ‖w_n‖₂ where asked.
+
+    `sign="count"` is s_n = sgn(Σ_i sgn(w_n,i)), which sign most weights have; `"sum"` is sgn(Σ_i w_n,i).
+    A filter with a NaN or an Inf has sign 0.
+
+    weight: [N, ...] (or N along `dim`), any float dtype and strides.
+    Returns three tensors [N] in the accumulator's dtype; the third is None unless `norm`.
+    """
+    w = as_rows(weight.detach(), dim).to(accumulator(weight.dtype))
+    magnitude = w.abs().sum(1)
+    balance = w.sign().sum(1) if sign == "count" else w.sum(1)
+    signs = torch.where(magnitude.isfinite(), balance.sign(), 0)
+    return magnitude, signs, torch.linalg.vector_norm(w, dim=1) if norm else None
+
+
+def pull(
+    grad: Tensor,
+    weight: Tensor,
+    coefficient: Tensor,
+    dim: int = 0,
+    *,
+    scale: float | Tensor = 1.0,
+    radial: bool = False,
+) -> None:
+    """grad += scale · c_n · sgn(w), in place (Eq. 10); for a radial law scale · c_n · w/‖w_n‖₂, and 0 at 0.
+
+    A filter whose coefficient is 0 keeps its gradient to the bit.
+
+    grad, weight: [N, ...]; coefficient: [N]; scale: a number or a 0-dim tensor.
+    """
+    g, w, c = _operands(grad, weight, coefficient * scale, dim)
+    direction = w * _inverse_norm(w) if radial else w.sign()
+    _write(grad, g + c * direction, c != 0, dim)
+
+
+def shrink(
+    weight: Tensor, coefficient: Tensor, dim: int = 0, *, scale: float | Tensor = 1.0, radial: bool = False
+) -> None:
+    """w ← sgn(w) · max(|w| − scale · c_n, 0), in place: the proximal step of Σ c_n · ‖w_n‖₁ at scale = lr.
+
+    For a radial law w ← w · max(1 − scale · c_n / ‖w_n‖₂, 0), the proximal step of Σ c_n · ‖w_n‖₂.
+    A filter whose coefficient is 0 keeps its weights to the bit.
+
+    weight: [N, ...]; coefficient: [N]; scale: a number or a 0-dim tensor.
+    """
+    w, _, c = _operands(weight, weight, coefficient * scale, dim)
+    if radial:
+        shrunk = w * (1 - c * _inverse_norm(w)).clamp_min(0)
+    else:
+        shrunk = w.sign() * (w.abs() - c).clamp_min(0)
+    _write(weight, shrunk, c != 0, dim)
+
+
+def _operands(target: Tensor, weight: Tensor, coefficient: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows of both tensors [N, D] in the coefficients' dtype, and the coefficients [N, 1]."""
+    dtype = coefficient.dtype
+    return (
+        as_rows(target.detach(), dim).to(dtype),
+        as_rows(weight.detach(), dim).to(dtype),
+        coefficient.unsqueeze(1),
+    )
+
+
+def _inverse_norm(w: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(w, dim=1, keepdim=True)
+    return torch.where(norm > 0, 1 / norm, 0)
+
+
+def _write(target: Tensor, rows: Tensor, changed: Tensor, dim: int) -> None:
+    """Writes the rows [N, D] whose `changed` [N, 1] is true; the others keep their bits."""
+    filters = target.detach().movedim(dim, 0)
+    old = as_rows(filters)
+    filters.copy_(torch.where(changed, rows.to(old.dtype), old).reshape(filters.shape))
