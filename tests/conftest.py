@@ -1,0 +1,36 @@
+"""What every test shares: seeds, and which backends there are to test."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+from efreg import backends, stepping
+from efreg.native import BackendUnavailable
+
+hypothesis.settings.register_profile("efreg", deadline=None)  # the first example may build the C++ operations
+hypothesis.settings.load_profile("efreg")
+
+CPU_BACKENDS = ["reference", "cpp"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_start():
+    """Fixed seeds and two threads before, no force left after a test."""
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    yield
+    for subscriber in tuple(stepping._subscribers):
+        subscriber.detach()
+
+
+@pytest.fixture(params=CPU_BACKENDS)
+def backend(request):
+    """Each backend that serves the CPU; one named in EFREG_REQUIRE must be there."""
+    try:
+        return backends.select(request.param, torch.device("cpu"))
+    except BackendUnavailable as error:
+        if request.param in os.environ.get("EFREG_REQUIRE", "").split(","):
+            raise
+        pytest.skip(str(error))

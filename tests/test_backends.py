@@ -1,0 +1,143 @@
+"""Which backend serves, how the C++ operations come to be, and what happens where they cannot."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import efreg
+from efreg import backends, native
+
+CPU = torch.device("cpu")
+
+
+def run(code, folder, **environment):
+    """A fresh interpreter with a build folder of its own."""
+    env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder), **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=280)
+
+
+def test_auto_takes_cpp_on_the_cpu():
+    assert backends.select("auto", CPU).name == "cpp"
+
+
+def test_the_environment_chooses_for_auto_alone(monkeypatch):
+    monkeypatch.setenv("EFREG_BACKEND", "reference")
+    assert backends.select("auto", CPU).name == "reference"
+    assert backends.select("cpp", CPU).name == "cpp"
+    monkeypatch.setenv("EFREG_BACKEND", "abacus")
+    with pytest.raises(ValueError, match="unknown backend 'abacus': there are auto, cpp, reference"):
+        backends.select("auto", CPU)
+
+
+def test_a_backend_that_does_not_serve_the_device_is_refused():
+    with pytest.raises(efreg.BackendUnavailable, match="'cpp' serves cpu; the weights are on cuda:0"):
+        backends.select("cpp", torch.device("cuda", 0))
+    assert backends.select("auto", torch.device("cuda", 0)).name == "reference"
+
+
+def test_without_a_compiler_the_reference_serves_after_one_warning(tmp_path):
+    code = """
+import efreg, torch
+from torch import nn
+net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3))
+for _ in range(2):
+    print(efreg.attach(net, 1e-12))
+try:
+    efreg.attach(net, 1e-12, backend="cpp")
+except efreg.BackendUnavailable as error:
+    print("refused:", error)
+"""
+    done = run(code, tmp_path, CXX="no-such-compiler", CC="no-such-compiler")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("backend=reference") == 2
+    assert "refused:" in done.stdout
+    assert done.stderr.count("cannot be had") == 1, done.stderr
+
+
+def test_a_build_killed_midway_does_not_hang_the_next_start(tmp_path):
+    code = "from efreg import native; native.load(); print('built')"
+    env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    first = subprocess.Popen(
+        [sys.executable, "-c", code], env=env, start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    for _ in range(600):
+        if list(tmp_path.glob("*/lock")):
+            break
+        time.sleep(0.1)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert list(tmp_path.glob("*/lock")), "the build was over before it could be killed"
+    done = run(code, tmp_path)
+    assert done.stdout.strip() == "built", done.stderr
+    assert done.stderr.count("building the C++ operations") == 1
+    again = run(code, tmp_path)
+    assert again.stdout.strip() == "built" and "building" not in again.stderr
+
+
+def test_lost_symlinks_are_named_with_the_remedy(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "CPU_SOURCES", (tmp_path / "module.cpp",))
+    with pytest.raises(efreg.BackendUnavailable, match="core.symlinks"):
+        native.load.__wrapped__()
+
+
+def test_the_modules_name_changes_with_torch_and_sources(monkeypatch, tmp_path):
+    """A module built for another torch or from other sources is never found."""
+    name = native.module_name()
+    monkeypatch.setattr(torch, "__version__", "9.9.9")
+    assert native.module_name() != name
+
+
+def test_cpp_refuses_tensors_that_do_not_fit():
+    module = native.load()
+    ones, c = torch.ones(2, 3), torch.ones(2)
+    law = module.Law(module.Law.Kind.l1, 1.0, 0.0, True)
+    for grads, weights, coefficients, offsets, message in [
+        ([ones], [torch.ones(2, 4)], c, [0], "differ in shape"),
+        ([ones.double()], [ones], c, [0], "they must agree"),
+        ([ones], [ones], c, [1], "need as many coefficients"),
+        ([ones], [ones], c.double(), [0], "coefficients must be"),
+        ([ones, ones], [ones], c, [0], "as many"),
+        ([ones, ones.double()], [ones, ones.double()], c, [0, 0], "share a dtype"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            module.force(grads, weights, coefficients, offsets, [0] * len(weights), law, 1.0)
+
+
+def test_autograd_sees_that_weights_changed():
+    """A weight saved for backward and then shrunk or pulled into must be noticed."""
+    w = torch.ones(2, 3, requires_grad=True)
+    loss = w.square().sum()
+    with torch.no_grad():
+        rows = backends.Rows([w], [0], [0])
+        backends.select("cpp", CPU).shrink(rows, torch.ones(2), scales=[0.1], radial=False)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_efreg_env_says_what_serves():
+    from efreg.env import describe
+
+    text = describe()
+    for part in (efreg.__version__, torch.__version__.split("+")[0], "cpp", "reference", "auto", "takes cpp"):
+        assert part in text
+
+
+def test_a_subclass_of_a_known_law_is_not_mistaken_for_it():
+    """Its own method runs, not the kernel of its parent."""
+
+    class Half(efreg.L1):
+        def coefficients(self, charges):
+            return super().coefficients(charges) / 2
+
+    net = nn.Linear(3, 2, bias=False)
+    efreg.attach(net, law=Half(1.0), layers="", backend="cpp")
+    before = net.weight.detach().clone()
+    net.weight.grad = torch.zeros_like(before)
+    torch.optim.SGD(net.parameters(), lr=1.0).step()
+    torch.testing.assert_close(net.weight.detach(), before - 0.5 * before.sign())
