@@ -1,0 +1,140 @@
+"""The operators of torch.library, `torch.ops.efreg.*`, and what is made of them: `measure` and `penalty`."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from efreg.backends import Rows, charges_of, select
+from efreg.laws import Charges, Law
+from efreg.reference import accumulator
+from efreg.table import Layer, by_device_and_dtype, check_weight, find_layers
+
+
+def _check(weights: Sequence[Tensor], dims: Sequence[int]) -> None:
+    if not weights:
+        raise ValueError("no weights were given")
+    if len(weights) != len(dims):
+        raise ValueError(f"{len(weights)} weights and {len(dims)} dims: each weight needs one")
+    first = weights[0]
+    for weight in weights:
+        if not weight.is_floating_point():
+            raise TypeError(f"a weight is {weight.dtype}: weights must be floating point")
+        if (weight.dtype, weight.device) != (first.dtype, first.device):
+            raise ValueError("weights of one call must share dtype and device")
+
+
+def _rows(weights: Sequence[Tensor], dims: Sequence[int]) -> Rows:
+    offsets, filters = [], 0
+    for weight, dim in zip(weights, dims):
+        offsets.append(filters)
+        filters += weight.shape[dim]
+    return Rows(list(weights), list(dims), offsets)
+
+
+@torch.library.custom_op("efreg::measure", mutates_args=())
+def measure_op(weights: Sequence[Tensor], dims: Sequence[int], sign: str, norm: bool) -> list[Tensor]:
+    """Magnitudes, signs and, where `norm`, L2 norms of all filters, weight behind weight (reference.measure).
+
+    weights: float tensors of one dtype and device, filters along `dims`.
+    Returns tensors [Σ N] in float32, or float64 for float64 weights.
+    """
+    _check(weights, dims)
+    statistics = select("auto", weights[0].device).measure(_rows(weights, dims), sign=sign, norm=norm)
+    return [s for s in statistics if s is not None]
+
+
+@measure_op.register_fake
+def _(weights, dims, sign, norm):
+    _check(weights, dims)
+    filters = sum(weight.shape[dim] for weight, dim in zip(weights, dims))
+    flat = weights[0].new_empty(filters, dtype=accumulator(weights[0].dtype))
+    return [torch.empty_like(flat) for _ in range(2 + norm)]
+
+
+@torch.library.custom_op("efreg::pull", mutates_args=())
+def pull_op(
+    weights: Sequence[Tensor], coefficients: Tensor, dims: Sequence[int], radial: bool
+) -> list[Tensor]:
+    """c_n · sgn(w), or c_n · w/‖w_n‖₂ where `radial`: Eq. 10 as tensors of their own. No derivative exists.
+
+    weights: as in `measure`; coefficients: [Σ N], weight behind weight, in the accumulator's dtype.
+    """
+    _check(weights, dims)
+    pulls = [torch.zeros_like(weight) for weight in weights]
+    backend = select("auto", weights[0].device)
+    backend.pull(pulls, _rows(weights, dims), coefficients.contiguous(), scale=1.0, radial=radial)
+    return pulls
+
+
+@pull_op.register_fake
+def _(weights, coefficients, dims, radial):
+    _check(weights, dims)
+    return [torch.empty_like(weight) for weight in weights]
+
+
+def measure(weight: Tensor, dim: int = 0) -> Charges:
+    """The charges of a weight's filters: magnitude ‖w_n‖₁, sign, and ‖w_n‖₂ (arXiv 2411.11079, Eq. 2 to 4).
+
+    weight: [N, ...], float16, bfloat16, float32 or float64, any strides; dim: along which the filters lie.
+    Returns `Charges` with tensors [N] in float32, or float64 for float64 weights.
+    Raises ValueError for a tensor that holds no filters.
+    """
+    check_weight(weight, "weight")
+    (charges,) = charges_of(_rows([weight], [dim]), *measure_op([weight.detach()], [dim], "count", True))
+    return charges
+
+
+class _Penalty(torch.autograd.Function):
+    """Σ_layers α Σ_n F_n of weights of one dtype and device; backward is Eq. 10, charges held constant."""
+
+    @staticmethod
+    def forward(ctx, law: Law, dims: list[int], *weights: Tensor) -> Tensor:
+        charges = _charges(law, weights, dims)
+        coefficients = [law.coefficients(c) for c in charges]
+        ctx.save_for_backward(torch.cat(coefficients), *weights)
+        ctx.dims, ctx.radial = dims, law.direction == "radial"
+        return torch.stack([law.energy(c, k) for c, k in zip(charges, coefficients)]).sum()
+
+    @staticmethod
+    def backward(ctx, grad_energy: Tensor):
+        coefficients, *weights = ctx.saved_tensors
+        return None, None, *pull_op(weights, coefficients * grad_energy, ctx.dims, ctx.radial)
+
+
+def _charges(law: Law, weights: Sequence[Tensor], dims: list[int]) -> list[Charges]:
+    magnitude, sign, *norm = measure_op(weights, dims, law.sign, law.measures_norm)
+    return charges_of(_rows(weights, dims), magnitude, sign, *norm or (None,))
+
+
+def penalty(model_or_weights: nn.Module | Tensor | Iterable[Tensor], law: Law, *, layers=None) -> Tensor:
+    """α Σ_layers Σ_n F_n as a term of the loss (Eq. 7), charges taken afresh at every call.
+
+    The gradient is Eq. 10, ∂/∂w_n,i = c_n · sgn(w_n,i): charges and distances are held constant. It can be
+    differentiated once; twice raises. Under SGD it trains as `attach(..., refresh=1)` does.
+
+    model_or_weights: a model (`layers` as in `attach`), a weight [N, ...] or several, filters along dim 0.
+    law: an instance, such as `efreg.Electrostatic(alpha=1e-12)`.
+    Returns a 0-dim tensor, float32, or float64 for float64 weights.
+    Raises TypeError for a law that is none, ValueError for layers that cannot be found or served.
+    """
+    if not isinstance(law, Law):
+        raise TypeError(f"law is {law!r}: give an instance, such as efreg.Electrostatic(alpha=1e-12)")
+    pairs = _weights_and_dims(model_or_weights, layers)
+    groups = by_device_and_dtype(pairs, lambda pair: pair[0])
+    terms = [_Penalty.apply(law, [dim for _, dim in g], *(weight for weight, _ in g)) for g in groups]
+    return terms[0] if len(terms) == 1 else torch.stack([t.to(terms[0]) for t in terms]).sum()
+
+
+def _weights_and_dims(model_or_weights, layers) -> list[tuple[Tensor, int]]:
+    if isinstance(model_or_weights, nn.Module):
+        found: list[Layer] = find_layers(model_or_weights, layers)
+        return [(layer.weight, layer.dim) for layer in found]
+    if layers is not None:
+        raise ValueError("layers are chosen from a model; with weights given, leave them out")
+    weights = [model_or_weights] if isinstance(model_or_weights, Tensor) else list(model_or_weights)
+    if not weights:
+        raise ValueError("no weights were given")
+    for i, weight in enumerate(weights):
+        check_weight(weight, f"weight {i}")
+    return [(weight, 0) for weight in weights]

@@ -1,0 +1,259 @@
+"""Training loops in the wild: closures, nested steps, accumulation, scalers, schedulers, exceptions."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import efreg
+from efreg import stepping
+
+LR = 0.5
+
+
+@pytest.fixture
+def net():
+    return nn.Sequential(nn.Conv2d(1, 4, 3))
+
+
+def pulled_once(before, lr=LR, alpha=1.0):
+    """One SGD step on a zero gradient with L1 at α."""
+    return before - lr * alpha * before.sign()
+
+
+def zero_gradient(net):
+    net[0].weight.grad = torch.zeros_like(net[0].weight)
+
+
+class Renamed(torch.optim.SGD):
+    """A subclass that calls its parent's step: both are wrapped by torch."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+class Failing(torch.optim.SGD):
+    def step(self, closure=None):
+        raise RuntimeError("out of luck")
+
+
+class Outer(torch.optim.Optimizer):
+    """An optimizer around another, as ZeroRedundancyOptimizer and SAM are."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+        self.inner = torch.optim.SGD(self.param_groups[0]["params"], lr=lr)
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, Renamed, Outer])
+@pytest.mark.parametrize("update", ["gradient", "proximal"])
+def test_nested_steps_pull_once(net, kind, update):
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # so that the parent's step is wrapped too
+    efreg.attach(net, 1.0, law="l1", update=update)
+    optimizer = kind(net.parameters(), lr=LR)
+    for _ in range(3):
+        before = net[0].weight.detach().clone()
+        zero_gradient(net)
+        optimizer.step()
+        expected = pulled_once(before)
+        if update == "proximal":
+            expected = before.sign() * (before.abs() - LR).clamp_min(0)
+        torch.testing.assert_close(net[0].weight.detach(), expected)
+
+
+def test_a_step_that_raises_does_not_end_the_force(net):
+    efreg.attach(net, 1.0, law="l1")
+    failing, optimizer = Failing(net.parameters(), lr=LR), torch.optim.SGD(net.parameters(), lr=LR)
+    for _ in range(2):
+        zero_gradient(net)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            failing.step()
+        before = net[0].weight.detach().clone()
+        zero_gradient(net)
+        optimizer.step()
+        torch.testing.assert_close(net[0].weight.detach(), pulled_once(before))
+    assert not stepping._running.frames
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, Renamed, Outer])
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_a_closure_is_pulled_after_its_backward(net, kind, by_keyword):
+    efreg.attach(net, 1.0, law="l1")
+    optimizer = kind(net.parameters(), lr=LR)
+    before, calls = net[0].weight.detach().clone(), []
+
+    def closure():
+        zero_gradient(net)
+        calls.append(1)
+        return torch.tensor(3.0)
+
+    loss = optimizer.step(closure=closure) if by_keyword else optimizer.step(closure)
+    assert loss == 3 and len(calls) == 1
+    torch.testing.assert_close(net[0].weight.detach(), pulled_once(before))
+
+
+@pytest.mark.parametrize("arguments", [((None,), {}), ((), {"closure": None})])
+def test_none_is_no_closure(net, arguments):
+    efreg.attach(net, 1.0, law="l1")
+    before = net[0].weight.detach().clone()
+    zero_gradient(net)
+    torch.optim.SGD(net.parameters(), lr=LR).step(*arguments[0], **arguments[1])
+    torch.testing.assert_close(net[0].weight.detach(), pulled_once(before))
+
+
+def test_lbfgs_minimises_the_loss_with_the_penalty():
+    """LBFGS pulls at each evaluation and finds sgn(b) · max(|b| − α, 0), the solution for ½‖w − b‖²."""
+    target = torch.tensor([[2.0, -3.0, 1.0], [1.5, 0.9, -0.8]])
+    net = nn.Linear(3, 2, bias=False)
+    nn.init.constant_(net.weight, 0.0)
+    net.weight.data.copy_(target)
+    force = efreg.attach(net, 0.25, law="l1", layers="")
+    optimizer = torch.optim.LBFGS(net.parameters(), lr=1.0, max_iter=20)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = 0.5 * (net.weight - target).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    torch.testing.assert_close(
+        net.weight.detach(), target.sign() * (target.abs() - 0.25), rtol=1e-4, atol=1e-4
+    )
+    assert force.steps == 1
+
+
+def test_accumulated_gradients_are_pulled_once_an_update(net):
+    twin = copy.deepcopy(net)
+    efreg.attach(net, 1.0, law="l1")
+    xs = [torch.randn(2, 1, 5, 5) for _ in range(4)]
+    for x in xs:
+        (net(x).mean() / 4).backward()
+        (twin(x).mean() / 4).backward()
+    torch.optim.SGD(net.parameters(), lr=LR).step()
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            pull = parameter.sign() if parameter.ndim > 1 else 0
+            parameter -= LR * (parameter.grad + pull)
+    torch.testing.assert_close(net[0].weight, twin[0].weight)
+    torch.testing.assert_close(net[0].bias, twin[0].bias)
+
+
+def test_clipping_comes_before_the_pull(net):
+    efreg.attach(net, 1.0, law="l1")
+    before = net[0].weight.detach().clone()
+    net[0].weight.grad = torch.full_like(before, 1e6)
+    nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    expected = before - LR * (net[0].weight.grad + before.sign())
+    torch.optim.SGD(net.parameters(), lr=LR).step()
+    torch.testing.assert_close(net[0].weight.detach(), expected)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("unscale_first", [False, True])
+@pytest.mark.parametrize("update", ["gradient", "proximal"])
+def test_a_grad_scaler_changes_nothing(net, fused, unscale_first, update):
+    """A fused optimizer unscales inside its step, where the pull must already be scaled."""
+    twin, x = copy.deepcopy(net), torch.randn(2, 1, 5, 5)
+    for model, scaled in ((net, True), (twin, False)):
+        with efreg.attach(model, 0.01, law="l1", update=update):
+            optimizer = torch.optim.SGD(model.parameters(), lr=LR, fused=fused)
+            scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=1024.0)
+            for _ in range(3):
+                optimizer.zero_grad()
+                scaler.scale(model(x).square().mean()).backward()
+                if unscale_first:
+                    scaler.unscale_(optimizer)
+                scaler.step(optimizer)
+                scaler.update()
+    torch.testing.assert_close(net[0].weight, twin[0].weight)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("update", ["gradient", "proximal"])
+def test_an_overflow_step_leaves_the_weights(net, fused, update):
+    efreg.attach(net, 0.01, law="l1", update=update)
+    optimizer = torch.optim.SGD(net.parameters(), lr=LR, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = net[0].weight.detach().clone()
+    scaler.scale(net(torch.full((2, 1, 5, 5), float("inf"))).mean()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(net[0].weight.detach(), before)
+
+
+def test_a_schedulers_rate_is_the_proximal_steps_rate(net):
+    efreg.attach(net, 0.01, law="l1", update="proximal")
+    optimizer = torch.optim.SGD(net.parameters(), lr=torch.tensor(0.4))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    for lr in (0.4, 0.2, 0.1):
+        before = net[0].weight.detach().clone()
+        zero_gradient(net)
+        optimizer.step()
+        scheduler.step()
+        torch.testing.assert_close(
+            net[0].weight.detach(), before.sign() * (before.abs() - 0.01 * lr).clamp_min(0)
+        )
+
+
+def test_several_optimizers_each_pull_their_own():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 2, 3))
+    force = efreg.attach(net, 1.0, law="l1")
+    optimizers = [
+        torch.optim.SGD(layer.parameters(), lr=lr) for layer, lr in zip(net, (0.1, 0.2), strict=True)
+    ]
+    before = [layer.weight.detach().clone() for layer in net]
+    for layer in net:
+        layer.weight.grad = torch.zeros_like(layer.weight)
+    optimizers[0].step()
+    assert torch.equal(net[1].weight.detach(), before[1])
+    optimizers[1].step()
+    for layer, w, lr in zip(net, before, (0.1, 0.2), strict=True):
+        torch.testing.assert_close(layer.weight.detach(), pulled_once(w, lr))
+    assert force.steps == 2
+
+
+def test_a_strangers_optimizer_is_not_touched(net):
+    force = efreg.attach(net, 1.0, law="l1")
+    other = nn.Parameter(torch.ones(3))
+    other.grad = torch.zeros(3)
+    torch.optim.SGD([other], lr=0.1).step()
+    assert torch.equal(other.detach(), torch.ones(3)) and force.steps == 0
+
+
+def test_a_compiled_training_step_is_pulled_and_compiled_once(net):
+    efreg.attach(net, 1.0, law="l1")
+    optimizer = torch.optim.SGD(net.parameters(), lr=LR)
+    compiled = []
+
+    def count(graph, example_inputs):
+        compiled.append(graph)
+        return graph
+
+    def step(x):
+        optimizer.zero_grad()
+        (0 * net(x)).sum().backward()
+        optimizer.step()
+
+    torch._dynamo.reset()
+    fast = torch.compile(step, backend=count)
+    counts = []
+    for _ in range(5):
+        before = net[0].weight.detach().clone()
+        fast(torch.randn(2, 1, 5, 5))
+        torch.testing.assert_close(net[0].weight.detach(), pulled_once(before))
+        counts.append(len(compiled))
+    assert counts[1:] == counts[1:2] * 4 and counts[0] > 0
+
+
+def test_a_compiled_model_is_pulled(net):
+    compiled = torch.compile(net, backend="eager")
+    efreg.attach(compiled, 1.0, law="l1")
+    before = net[0].weight.detach().clone()
+    (0 * compiled(torch.randn(2, 1, 5, 5))).sum().backward()
+    torch.optim.SGD(compiled.parameters(), lr=LR).step()
+    torch.testing.assert_close(net[0].weight.detach(), pulled_once(before))
