@@ -37,8 +37,12 @@ void shrink(
     const Tensors& weights, const at::Tensor& coefficients, const Integers& offsets, const Integers& dims,
     const std::vector<double>& scales, bool radial);
 
-// measure, law and pull in one go: fills `coefficients` and adds them to `grads`, a few layers at a time,
-// so that the weights are still in cache when they are read again.
+// measure and law: fills `coefficients` with those of the weights now.
+void charge(
+    const Tensors& weights, const at::Tensor& coefficients, const Integers& offsets, const Integers& dims,
+    const Law& law);
+
+// charge and pull, a few layers at a time, so that the weights are still in cache when they are read again.
 void force(
     const Tensors& grads, const Tensors& weights, const at::Tensor& coefficients, const Integers& offsets,
     const Integers& dims, const Law& law, double scale);

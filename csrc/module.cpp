@@ -17,5 +17,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("measure", &efreg::measure, release());
   m.def("pull", &efreg::pull, release());
   m.def("shrink", &efreg::shrink, release());
+  m.def("charge", &efreg::charge, release());
   m.def("force", &efreg::force, release());
 }

@@ -65,9 +65,9 @@ class _Group:
         self.layers = layers
         self.param_groups = param_groups
         self.backend = backend
-        self.weights = [layer.weight for layer in layers]
-        self.dtype, self.device = self.weights[0].dtype, self.weights[0].device
         self.rows = _rows(layers)
+        self.weights = self.rows.tensors
+        self.dtype, self.device = self.weights[0].dtype, self.weights[0].device
         self.coefficients = _flat_coefficients(layers)
         self.charged = all(layer.coefficient is not None for layer in layers)
 

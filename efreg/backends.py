@@ -1,4 +1,4 @@
-"""Who carries the operations out: the same four methods over the filters of many tensors at once."""
+"""Who carries the operations out: the same five methods over the filters of many tensors at once."""
 
 import logging
 import os
@@ -84,6 +84,12 @@ class Cpp(Reference):
         scales = [float(scale) for scale in scales]
         self._module.shrink(rows.tensors, coefficients, rows.offsets, rows.dims, scales, radial)
 
+    def charge(self, rows, coefficients, law):
+        known = self._known(law)
+        if known is None:
+            return super().charge(rows, coefficients, law)
+        self._module.charge(rows.tensors, coefficients, rows.offsets, rows.dims, known)
+
     def force(self, grads, rows, coefficients, law, *, scale):
         known = self._known(law)
         if known is None:
@@ -91,7 +97,7 @@ class Cpp(Reference):
         self._module.force(grads, rows.tensors, coefficients, rows.offsets, rows.dims, known, float(scale))
 
     def _known(self, law: Law):
-        """The law as the kernels know it; None for others, and for subclasses, which may compute otherwise."""
+        """The law as the kernels know it; None for others, also subclasses: they may compute otherwise."""
         kind = self._module.Law.Kind
         if type(law) is Electrostatic:
             strength = law.alpha * law.k_e

@@ -85,7 +85,7 @@ class Law:
 
 @dataclass(frozen=True)
 class Electrostatic(Law):
-    """Electrostatic force: c_n = α · k_e · m_src / r_n², r_n = |q_src − q_n| (arXiv 2411.11079, Eq. 5, 6, 10).
+    """Electrostatic force: c_n = α · k_e · m_src / r_n², r_n = |q_src − q_n| (arXiv 2411.11079, Eq. 10).
 
     c_n is 0 for the source, for a neutral filter (s_n = 0), everywhere when the source is neutral, and
     wherever the formula is not finite (a filter of the source's own charge, r_n = 0).

@@ -103,7 +103,7 @@ def _check_module(module: nn.Module, name: str) -> None:
     if parametrize.is_parametrized(module, "weight") or "weight" not in module._parameters:
         raise ValueError(
             f"{name}.weight is parametrised (weight_norm, spectral_norm, quantisation ...): a pull on it "
-            "would be lost; remove the parametrisation first (torch.nn.utils.parametrize.remove_parametrizations)"
+            "would be lost; remove it first (torch.nn.utils.parametrize.remove_parametrizations)"
         )
     check_weight(module.weight, f"{name}.weight")
 

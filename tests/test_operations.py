@@ -264,8 +264,10 @@ def test_force_is_measure_law_and_pull(backend, dtype, law):
     grads = [torch.randn(w.shape, dtype=torch.float64).to(dtype) for w in weights]
     rows, acc = rows_of(*weights), accumulator(dtype)
     by_pull = [g.clone() for g in grads]
-    coefficients = torch.full((382,), math.nan, dtype=acc)
+    coefficients, alone = (torch.full((382,), math.nan, dtype=acc) for _ in range(2))
     backend.force(grads, rows, coefficients, law, scale=2.0)
+    backend.charge(rows, alone, law)
+    assert torch.equal(coefficients, alone)
     for charges, offset in zip(measured(backend, *weights, sign=law.sign), rows.offsets, strict=True):
         cut = coefficients[offset : offset + len(charges.magnitude)]
         exact = law.coefficients(

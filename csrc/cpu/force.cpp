@@ -260,8 +260,9 @@ size_t batch_end(const std::vector<Row>& rows, size_t first) {
   return last;
 }
 
+// Measures the rows of a batch and applies the law to each.
 template <typename scalar_t>
-void force_batch(
+void charge_batch(
     const std::vector<Row>& rows, size_t first, size_t last, acc_of<scalar_t>* c, acc_of<scalar_t>* m,
     acc_of<scalar_t>* s, const Law& law) {
   each_filter(rows, first, last, [&](const Row& row, int64_t n) {
@@ -271,9 +272,13 @@ void force_batch(
     const auto offset = rows[i].offset;
     coefficients_of(m + offset, s + offset, c + offset, rows[i].filters, law);
   }
+}
+
+template <typename scalar_t>
+void pull_batch(
+    const std::vector<Row>& rows, size_t first, size_t last, const acc_of<scalar_t>* c, bool radial) {
   each_filter(rows, first, last, [&](const Row& row, int64_t n) {
-    const auto scale = static_cast<acc_of<scalar_t>>(row.scale);
-    pull_filter<scalar_t>(row, n, scale * c[row.offset + n], false);
+    pull_filter<scalar_t>(row, n, static_cast<acc_of<scalar_t>>(row.scale) * c[row.offset + n], radial);
   });
 }
 
@@ -316,10 +321,7 @@ void pull(
   const auto rows = make_rows(grads, weights, offsets, dims, scale);
   check_coefficients(rows, coefficients);
   DISPATCH(rows, "efreg::pull", {
-    const auto* c = coefficients.const_data_ptr<acc_t>();
-    each_filter(rows, 0, rows.size(), [&](const Row& row, int64_t n) {
-      pull_filter<scalar_t>(row, n, static_cast<acc_t>(row.scale) * c[row.offset + n], radial);
-    });
+    pull_batch<scalar_t>(rows, 0, rows.size(), coefficients.const_data_ptr<acc_t>(), radial);
   });
   write_back(rows, grads, dims);
 }
@@ -340,6 +342,19 @@ void shrink(
   write_back(rows, weights, dims);
 }
 
+void charge(
+    const Tensors& weights, const at::Tensor& coefficients, const Integers& offsets, const Integers& dims,
+    const Law& law) {
+  const auto rows = make_rows(weights, weights, offsets, dims, 1.0);
+  check_coefficients(rows, coefficients);
+  auto magnitude = at::zeros_like(coefficients), sign = at::zeros_like(coefficients);
+  DISPATCH(rows, "efreg::charge", {
+    charge_batch<scalar_t>(
+        rows, 0, rows.size(), coefficients.data_ptr<acc_t>(), magnitude.data_ptr<acc_t>(),
+        sign.data_ptr<acc_t>(), law);
+  });
+}
+
 void force(
     const Tensors& grads, const Tensors& weights, const at::Tensor& coefficients, const Integers& offsets,
     const Integers& dims, const Law& law, double scale) {
@@ -347,11 +362,11 @@ void force(
   check_coefficients(rows, coefficients);
   auto magnitude = at::zeros_like(coefficients), sign = at::zeros_like(coefficients);
   DISPATCH(rows, "efreg::force", {
+    auto* c = coefficients.data_ptr<acc_t>();
     for (size_t first = 0; first < rows.size();) {
       const auto last = batch_end(rows, first);
-      force_batch<scalar_t>(
-          rows, first, last, coefficients.data_ptr<acc_t>(), magnitude.data_ptr<acc_t>(),
-          sign.data_ptr<acc_t>(), law);
+      charge_batch<scalar_t>(rows, first, last, c, magnitude.data_ptr<acc_t>(), sign.data_ptr<acc_t>(), law);
+      pull_batch<scalar_t>(rows, first, last, c, false);
       first = last;
     }
   });

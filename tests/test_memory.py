@@ -1,0 +1,35 @@
+"""The force keeps and takes little memory: at most 64 bytes a filter beyond the weights."""
+
+from itertools import accumulate
+
+import pytest
+import torch
+
+import efreg
+from efreg.lab import models
+
+
+def peak(function):
+    """The most bytes that `function` holds at a time beyond those that were there before."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    memory = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate((e.nbytes() for e in sorted(memory, key=lambda e: e.start_ns()), initial=0))
+
+
+@pytest.mark.parametrize("refresh", [None, 1])
+@pytest.mark.parametrize("update", ["gradient", "proximal"])
+def test_bytes_a_filter(refresh, update):
+    model = models.vgg19()
+    force = efreg.attach(model, 1e-12, refresh=refresh, update=update, backend="cpp")
+    filters = sum(len(c.magnitude) for c in force.charges().values())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def hooks():
+        force.before_step(optimizer, (optimizer,), {})
+        force.after_step(optimizer)
+
+    first, later = peak(hooks), peak(hooks)
+    assert first > 0 and first + later <= 64 * filters
