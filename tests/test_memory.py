@@ -14,7 +14,8 @@ def peak(function):
     with torch.profiler.profile(profile_memory=True) as profile:
         function()
     memory = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(accumulate((e.nbytes() for e in sorted(memory, key=lambda e: e.start_ns()), initial=0))
+    sizes = [event.nbytes() for event in sorted(memory, key=lambda event: event.start_ns())]
+    return max(accumulate(sizes, initial=0))
 
 
 @pytest.mark.parametrize("refresh", [None, 1])
