@@ -146,7 +146,9 @@ def _automatic(device_type: str) -> Reference:
     for name in BACKENDS:
         if serves(name, device_type):
             try:
-                return _backend(name)
+                backend = _backend(name)
+                logger.info("backend %r serves %s", name, device_type)
+                return backend
             except BackendUnavailable as error:
                 logger.warning("backend %r cannot be had (%s): a slower one serves", name, error)
     raise AssertionError("the reference serves every device")

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -22,14 +23,13 @@ class BackendUnavailable(RuntimeError):
     """A backend was asked for that cannot be had here; the message says why."""
 
 
-def compile_args() -> list[str]:
+def compile_args(*, this_machine: bool = False) -> list[str]:
+    """Flags for the compiler; with `this_machine` the code may use all that its processor can do."""
+    if sys.platform == "win32":
+        return ["/O2", "/std:c++20"]
     # Linking against OpenMP too would bring a second runtime beside torch's own.
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
-    return (
-        ["/O2", "/std:c++20"]
-        if sys.platform == "win32"
-        else ["-O3", "-std=c++20", "-ffp-contract=off", *openmp]
-    )
+    return ["-O3", "-std=c++20", "-ffp-contract=off", *openmp, *(["-march=native"] if this_machine else [])]
 
 
 def module_name() -> str:
@@ -48,37 +48,60 @@ def prebuilt() -> str | None:
 
 @cache
 def load() -> ModuleType:
-    """The compiled module, built now where it was not built ahead. Raises BackendUnavailable."""
+    """The compiled module, built now where it was not built before. Raises BackendUnavailable."""
     if not CPU_SOURCES[0].exists():
         raise BackendUnavailable(
             f"the C++ sources are not in {CSRC}: check out with symbolic links "
             "(git config core.symlinks true && git checkout -- efreg/csrc) or install from a wheel"
         )
-    name = prebuilt()
-    return importlib.import_module(name) if name else _build()
+    if name := prebuilt():
+        return importlib.import_module(name)
+    name = f"{module_name()}_{torch.backends.cpu.get_cpu_capability().lower().replace(' ', '_')}"
+    try:
+        return _built_at_first_use(name)
+    except (RuntimeError, OSError, ImportError) as error:
+        raise BackendUnavailable(f"building the C++ operations failed: {_last_line(error)}") from error
 
 
-def _build() -> ModuleType:
-    """Builds under a lock that dies with its process, so that a build killed midway blocks nobody."""
+def build_root() -> Path:
+    """Where modules built at first use are kept: TORCH_EXTENSIONS_DIR, or the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
+
+
+def _built_at_first_use(name: str) -> ModuleType:
+    """The module from its folder, which appears when its build is over: one killed midway leaves none."""
     from filelock import FileLock
+
+    folder = build_root() / name
+    library = folder / f"{name}.{'pyd' if sys.platform == 'win32' else 'so'}"
+    if not library.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not library.exists():
+                return _build(name, folder)
+    spec = importlib.util.spec_from_file_location(name, library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _build(name: str, folder: Path) -> ModuleType:
     from torch.utils import cpp_extension
 
     _put_ninja_on_path()
-    name = f"{module_name()}_{torch.backends.cpu.get_cpu_capability().lower().replace(' ', '_')}"
-    folder = Path(cpp_extension._get_build_directory(name, verbose=False))
-    with FileLock(folder.with_suffix(".efreg-lock")):
-        if not (folder / f"{name}.so").exists():
-            logger.warning("building the C++ operations into %s: once, about half a minute", folder)
-        (folder / "lock").unlink(missing_ok=True)
-        try:
-            return cpp_extension.load(
-                name,
-                [str(s) for s in CPU_SOURCES],
-                extra_cflags=[*compile_args(), "-march=native"],
-                build_directory=str(folder),
-            )
-        except (RuntimeError, OSError, ImportError) as error:
-            raise BackendUnavailable(f"building the C++ operations failed: {_last_line(error)}") from error
+    logger.warning("building the C++ operations into %s: once, about half a minute", folder)
+    unfinished = folder.with_suffix(".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    module = cpp_extension.load(
+        name,
+        [str(source) for source in CPU_SOURCES],
+        extra_cflags=compile_args(this_machine=True),
+        build_directory=str(unfinished),
+    )
+    os.replace(unfinished, folder)
+    return module
 
 
 def _put_ninja_on_path() -> None:

@@ -67,12 +67,12 @@ def test_a_build_killed_midway_does_not_hang_the_next_start(tmp_path):
         [sys.executable, "-c", code], env=env, start_new_session=True, stderr=subprocess.DEVNULL
     )
     for _ in range(600):
-        if list(tmp_path.glob("*/lock")):
+        if list(tmp_path.glob("*.unfinished/lock")):
             break
         time.sleep(0.1)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
-    assert list(tmp_path.glob("*/lock")), "the build was over before it could be killed"
+    assert list(tmp_path.glob("*.unfinished/lock")), "the build was over before it could be killed"
     done = run(code, tmp_path)
     assert done.stdout.strip() == "built", done.stderr
     assert done.stderr.count("building the C++ operations") == 1

@@ -1,0 +1,109 @@
+"""The operations and the whole hook call, against their floors and against what others do at every step."""
+
+import peers
+import pytest
+import torch
+
+import efreg
+from efreg import backends
+from efreg.lab import models
+
+CPU = torch.device("cpu")
+NETWORKS = {
+    "ResNet-56": (models.resnet56, 30),
+    "VGG-19": (lambda: models.vgg19(num_classes=100), 15),
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request):
+    """name, model with gradients, weights of all convolutions, rounds."""
+    torch.manual_seed(0)
+    build, rounds = NETWORKS[request.param]
+    model = build()
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    return request.param, model, weights, rounds
+
+
+def rows_of(weights):
+    filters = [len(w) for w in weights]
+    return backends.Rows(weights, [0] * len(weights), [sum(filters[:i]) for i in range(len(filters))])
+
+
+def streams(weights):
+    """a and b of the floor torch.add(a, b, out=b): as many elements as the weights have, 12 bytes each."""
+    elements = sum(w.numel() for w in weights)
+    return torch.randn(elements), torch.randn(elements)
+
+
+def operations(kind, weights):
+    backend, rows, grads = backends.select(kind, CPU), rows_of(weights), [w.grad for w in weights]
+    coefficients, scales = torch.full((sum(len(w) for w in weights),), 1e-9), [1e-9] * len(weights)
+    return {
+        f"{kind} measure": lambda: backend.measure(rows, sign="count", norm=False),
+        f"{kind} pull": lambda: backend.pull(grads, rows, coefficients, scale=1.0, radial=False),
+        f"{kind} shrink": lambda: backend.shrink(rows, coefficients, scales=scales, radial=False),
+    }
+
+
+def hook(model, **options):
+    """The whole call that an optimizer's step makes into efreg."""
+    force = efreg.attach(model, law=peers.LAW, **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return lambda: force.before_step(optimizer, (optimizer,), {})
+
+
+@torch.no_grad()
+def test_operations(side_by_side, network):
+    """Each operation alone; the floor moves 12 bytes an element, measure 4, pull 12, shrink 8."""
+    name, _, weights, rounds = network
+    a, b = streams(weights)
+    functions = {"floor of 12 bytes": lambda: torch.add(a, b, out=b)}
+    for kind in ("cpp", "reference"):
+        functions |= operations(kind, weights)
+    side_by_side("operation", name, functions, relative_to="floor of 12 bytes", rounds=rounds)
+
+
+def test_hook_fresh(side_by_side, network):
+    """Charges taken at every step."""
+    name, model, weights, rounds = network
+    a, b = streams(weights)
+    compiled = peers.compiled(peers.plain_reference)
+    functions = {
+        "cpp": hook(model, refresh=1, backend="cpp"),
+        "floor of 12 bytes": lambda: torch.add(a, b, out=b),
+        "reference": hook(model, refresh=1, backend="reference"),
+        "compiled reference": lambda: compiled(weights),
+        "L1 through autograd": lambda: peers.l1_autograd(weights),
+        "Torch-Pruning's regularizer": peers.torch_pruning_regularizer(model, torch.randn(1, 3, 32, 32)),
+        "the paper's loop": lambda: peers.paper_loop(weights),
+    }
+    side_by_side("hook, charges fresh", name, functions, relative_to="cpp", rounds=rounds)
+
+
+def test_hook_fresh_against_the_floor(side_by_side, network):
+    """Only the C++ operations beside the floor: nothing else empties the caches between them."""
+    name, model, weights, rounds = network
+    a, b = streams(weights)
+    functions = {
+        "floor of 12 bytes": lambda: torch.add(a, b, out=b),
+        "cpp": hook(model, refresh=1, backend="cpp"),
+    }
+    side_by_side("hook, charges fresh", name, functions, relative_to="floor of 12 bytes", rounds=4 * rounds)
+
+
+def test_hook_kept(side_by_side, network):
+    """Charges taken once, at the first call."""
+    name, model, weights, rounds = network
+    a, b = streams(weights)
+    coefficients = [torch.full((len(w),), 1e-9) for w in weights]
+    compiled = peers.compiled(peers.plain_pull)
+    functions = {
+        "floor of 12 bytes": lambda: torch.add(a, b, out=b),
+        "cpp": hook(model, backend="cpp"),
+        "reference": hook(model, backend="reference"),
+        "compiled reference": lambda: compiled(weights, coefficients),
+    }
+    side_by_side("hook, charges kept", name, functions, relative_to="floor of 12 bytes", rounds=2 * rounds)

@@ -1,0 +1,41 @@
+"""A whole training step with the force beside one without, in turns."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import efreg
+from efreg.lab import models
+
+NETWORKS = {
+    "ResNet-56, batch 32": (models.resnet56, 32, 20),
+    "VGG-19, batch 16": (lambda: models.vgg19(num_classes=10), 16, 40),
+}
+
+
+def step(model, batch):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    images, labels = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
+
+    def train():
+        optimizer.zero_grad()
+        cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    return train
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("refresh", [None, 1], ids=["kept", "fresh"])
+def test_training_step(side_by_side, name, refresh):
+    torch.manual_seed(0)
+    torch.set_flush_denormal(True)
+    build, batch, rounds = NETWORKS[name]
+    without = build()
+    model = copy.deepcopy(without)
+    efreg.attach(model, alpha=1e-14, refresh=refresh)
+    functions = {"without the force": step(without, batch), "with": step(model, batch)}
+    what = "training step, charges " + ("fresh" if refresh else "kept")
+    side_by_side(what, name, functions, relative_to="without the force", rounds=rounds)
