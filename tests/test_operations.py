@@ -86,6 +86,12 @@ def test_a_filter_with_as_many_signs_of_each_kind_is_neutral(backend):
     assert measured(backend, weight, sign="sum")[0].sign.tolist() == [-1.0, 1.0, 0.0]
 
 
+@pytest.mark.parametrize("sign", ["count", "sum"])
+def test_a_filter_that_is_not_finite_has_no_sign(backend, dtype, sign):
+    weight = torch.tensor([[1.0, math.nan], [1.0, math.inf], [-math.inf, math.inf], [1.0, 2.0]], dtype=dtype)
+    assert measured(backend, weight, sign=sign)[0].sign.tolist() == [0, 0, 0, 1]
+
+
 def test_norms(backend, dtype):
     weight = torch.randn(17, 100, dtype=torch.float64).to(dtype)
     (charges,) = measured(backend, weight, norm=True)
@@ -290,6 +296,15 @@ def test_a_filter_that_is_not_finite_stays_alone(backend, dtype):
         backend.force([torch.zeros_like(weight[others])], rows_of(weight[others]), alone, law, scale=1.0)
         if law not in LAWS[-1:]:
             assert torch.equal(found[others], alone) and not found[[2, 4]].any()
+
+
+def test_the_source_is_the_first_of_tied_filters(backend, dtype):
+    """Filters 0 and 2 tie with opposite charges: 0 is the source, and 2 feels αk/(4a)."""
+    weight = torch.tensor([[2.0, 2.0], [1.0, 0.5], [-2.0, -2.0]], dtype=dtype)
+    coefficients = torch.empty(3, dtype=accumulator(dtype))
+    law = efreg.Electrostatic(1.0, k_e=1.0)
+    backend.force([torch.zeros_like(weight)], rows_of(weight), coefficients, law, scale=1.0)
+    torch.testing.assert_close(coefficients, torch.tensor([0.0, 4 / 2.5**2, 1 / 16], dtype=coefficients.dtype))
 
 
 def test_a_layer_of_nan_alone_has_no_force(backend):

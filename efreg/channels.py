@@ -1,0 +1,188 @@
+"""Which channels go together: the adapter around Torch-Pruning's dependency graph.
+
+Torch-Pruning is asked for indices only, of a copy; what they are removed from is `efreg.surgery`'s affair.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from efreg.resizing import CONVOLUTIONS
+from efreg.tracing import forward, tensors, twin, twin_inputs
+
+READERS = (*CONVOLUTIONS, nn.Linear)
+"""The layers that may read the output of a pruned one."""
+
+CHANNELWISE = {
+    "AdaptiveAvgPool2DBackward",
+    "AdaptiveMaxPool2DBackward",
+    "AvgPool2DBackward",
+    "AvgPool3DBackward",
+    "CloneBackward",
+    "EluBackward",
+    "GeluBackward",
+    "HardswishBackward",
+    "HardtanhBackward",
+    "LeakyReluBackward",
+    "MaxPool2DWithIndicesBackward",
+    "MaxPool3DWithIndicesBackward",
+    "MeanBackward",
+    "MishBackward",
+    "ReluBackward",
+    "ReshapeAliasBackward",
+    "SiluBackward",
+    "SqueezeBackward",
+    "TanhBackward",
+    "UnsafeViewBackward",
+    "ViewBackward",
+}
+"""Operations, as autograd calls them, that work on each channel alone and leave a zero channel at zero."""
+
+
+class PruningError(RuntimeError):
+    """A network that cannot be pruned as planned. The message names the layer."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """Channels of a module that go: along dim 0, of what it computes; along dim 1, of what it reads."""
+
+    module: str
+    dim: int
+    channels: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """All that goes with filters of `layer`: its own rows, its norms' channels, its readers' inputs."""
+
+    layer: str
+    members: tuple[Member, ...]
+
+
+class Channels:
+    """How the channels of a model's layers hang together, traced on a copy that runs in eval mode.
+
+    Raises ValueError where the model cannot take the example inputs, PruningError where it cannot be traced.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Any):
+        traced = _copy(model)
+        with torch.enable_grad():
+            forward(traced, twin_inputs(example_inputs))
+            self._graph, outputs = _trace(traced, twin_inputs(example_inputs))
+        self._outputs = {output.grad_fn for output in outputs}
+        self._modules = dict(traced.named_modules())
+        self._names = {module: name for name, module in self._modules.items()}
+
+    def reader(self, layer: str) -> str | None:
+        """The one convolution or linear layer that reads the layer's output through channel-wise steps only.
+
+        None where there are several, none, or other things on the way.
+        """
+        module = self._modules[layer]
+        node = self._graph.module2node.get(module)
+        while node is not None and len(set(node.outputs)) == 1 and node.grad_fn not in self._outputs:
+            previous, node = node, node.outputs[0]
+            if self._sources(node) != {previous}:
+                return None
+            if isinstance(node.module, READERS):
+                return self._names[node.module] if _reads(node.module, module.out_channels) else None
+            if not _is_channelwise(node):
+                return None
+        return None
+
+    def _sources(self, node: Any) -> set:
+        """The nodes that feed this one, those that only reshape a parameter aside."""
+        return {source for source in node.inputs if source.inputs or source.module in self._names}
+
+    def removal(self, layer: str, filters: Sequence[int]) -> Removal:
+        """What goes along with these filters of a convolution.
+
+        Raises PruningError where that is more than norms and the inputs of ungrouped readers.
+        """
+        from torch_pruning import prune_conv_out_channels
+
+        module = self._modules[layer]
+        if module not in self._graph.module2node:
+            _refuse(layer, "no gradient passes through it on the way from the inputs to the outputs")
+        group = self._graph.get_pruning_group(module, prune_conv_out_channels, filters)
+        members = [self._member(layer, dependency, channels) for dependency, channels in group]
+        return Removal(layer, tuple(member for member in members if member is not None))
+
+    def _member(self, layer: str, dependency: Any, channels: Sequence[int]) -> Member | None:
+        node, module = dependency.target, dependency.target.module
+        if isinstance(module, READERS) and module is not self._modules[layer]:
+            return self._reader_member(layer, dependency, channels)
+        if node.grad_fn in self._outputs:
+            _refuse(layer, "its output is an output of the network")
+        if isinstance(module, CONVOLUTIONS) or _has_channels(module):
+            return Member(self._names[module], 0, channels)
+        if isinstance(module, nn.Parameter) or (module in self._names and not isinstance(module, nn.PReLU)):
+            _refuse(layer, f"its channels pass through {self._describe(module)}, which cannot lose some")
+        return None
+
+    def _reader_member(self, layer: str, dependency: Any, channels: Sequence[int]) -> Member:
+        module = dependency.target.module
+        if getattr(module, "groups", 1) != 1:
+            _refuse(layer, f"its output goes to {self._describe(module)}, a grouped convolution")
+        if self._graph.is_out_channel_pruning_fn(dependency.handler):
+            _refuse(layer, f"outputs of {self._describe(module)} would have to go as well")
+        return Member(self._names[module], 1, channels)
+
+    def _describe(self, module: nn.Module | nn.Parameter) -> str:
+        if isinstance(module, nn.Parameter):
+            return f"a parameter of shape {tuple(module.shape)} outside the usual layers"
+        return f"{self._names[module]!r} ({type(module).__name__})"
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return twin(model).requires_grad_(True)
+    except Exception as error:
+        raise PruningError(f"{type(model).__name__} cannot be copied: {error}") from error
+
+
+def _trace(model: nn.Module, example_inputs: Any) -> tuple[Any, list[Tensor]]:
+    """Torch-Pruning's graph, and the outputs of the run that it was traced from."""
+    from torch_pruning import DependencyGraph
+
+    outputs = []
+
+    def differentiable(output: Any) -> list[Tensor]:
+        outputs.extend(tensor for tensor in tensors(output) if tensor.grad_fn is not None)
+        return outputs
+
+    try:
+        graph = DependencyGraph().build_dependency(
+            model, example_inputs, forward_fn=forward, output_transform=differentiable, verbose=False
+        )
+    except Exception as error:
+        raise PruningError(f"{type(model).__name__} cannot be traced: {error}") from error
+    return graph, outputs
+
+
+def _reads(reader: nn.Module, width: int) -> bool:
+    """Whether a layer reads `width` channels, each as one input or, behind a flatten, as several."""
+    inputs = reader.in_features if isinstance(reader, nn.Linear) else reader.in_channels
+    return getattr(reader, "groups", 1) == 1 and inputs % width == 0
+
+
+def _is_channelwise(node: Any) -> bool:
+    operation = node.grad_fn.name().rstrip("0123456789")
+    return _has_channels(node.module) or isinstance(node.module, nn.PReLU) or operation in CHANNELWISE
+
+
+def _has_channels(module: nn.Module) -> bool:
+    """Whether a batch norm or PReLU keeps something for each channel, which can go with it."""
+    if isinstance(module, _BatchNorm):
+        return module.affine or module.track_running_stats
+    return isinstance(module, nn.PReLU) and module.num_parameters > 1
+
+
+def _refuse(layer: str, reason: str) -> NoReturn:
+    raise PruningError(f"{layer!r} cannot lose filters: {reason}. Leave it out of the plan")
