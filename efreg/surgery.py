@@ -86,7 +86,6 @@ def _without(model: nn.Module, removals: Sequence[Removal]) -> nn.Module:
         module = model.get_submodule(name)
         own = chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
         refit(module, {key: _kept(tensor, dim, channels) for key, tensor in own if tensor.ndim > dim})
-    model.zero_grad(set_to_none=True)
     return model
 
 

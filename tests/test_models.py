@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from networks import one_thread  # noqa: F401
 from torch import nn
 
 import efreg

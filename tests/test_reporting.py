@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from networks import assert_same, snapshot
+from networks import assert_same, one_thread, snapshot  # noqa: F401
 from torch import nn
 
 import efreg
@@ -57,6 +57,19 @@ def test_latency_is_the_median_in_milliseconds():
     assert 20 <= found.before.latency < 60
     assert 5 <= found.after.latency < 20
     assert found.measured_speedup == found.before.latency / found.after.latency
+
+
+def test_one_slow_run_does_not_count():
+    class OnceSlow(nn.Linear):
+        runs = 0
+
+        def forward(self, x):
+            self.runs += 1
+            time.sleep(0.2 if self.runs == 6 else 0)
+            return super().forward(x)
+
+    found = efreg.report(OnceSlow(4, 1), nn.Linear(4, 1), example_inputs=torch.randn(1, 4), repeats=3)
+    assert found.before.latency < 100
 
 
 def test_runs_are_interleaved():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torchvision
-from networks import assert_same, lively, snapshot, zeroed
+from networks import assert_same, lively, one_thread, snapshot, zeroed  # noqa: F401
 from torch import nn
 
 import efreg

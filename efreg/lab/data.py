@@ -1,0 +1,262 @@
+"""Data sets: images in batches, on the device, in an order that is a pure function of (seed, epoch).
+
+The small sets are held as one uint8 tensor and cropped, flipped and normalised a batch at a time on the
+device; image folders go through torchvision's transforms and a DataLoader.
+"""
+
+import os
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a data set holds: how many classes, the shape of an image [C, H, W], and how it is normalised.
+
+    mean, std: per channel, of values in [0, 1]; peak: the largest value that a stored byte takes.
+    padding: of the random crop in training, in pixels; 0 trains on the images as they are.
+    """
+
+    num_classes: int
+    shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    padding: int = 0
+    peak: int = 255
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+INFOS = {
+    "digits": Info(10, (1, 8, 8), (0.3053,), (0.3760,), peak=16),
+    "mnist": Info(10, (1, 32, 32), (0.1307,), (0.3081,)),
+    "cifar10": Info(10, (3, 32, 32), IMAGENET_MEAN, IMAGENET_STD, padding=4),
+    "cifar100": Info(100, (3, 32, 32), (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), padding=4),
+}
+"""The sets of known size; those of method.md's tables are normalised as there."""
+
+NAMES = (*INFOS, "imagefolder")
+"""The data sets that can be asked for by name."""
+
+
+class Images(Protocol):
+    """One part of a data set, train or test."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Every image once, in the stored order, not augmented."""
+
+    def epoch(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+        """Every image once, shuffled and augmented as (seed, epoch) says."""
+
+
+class Data(NamedTuple):
+    """A data set: what it holds, and its two parts."""
+
+    info: Info
+    train: Images
+    test: Images
+
+
+def load(
+    name: str, root: str | Path = "data", *, download: bool = False, device: torch.device | str = "cpu"
+) -> Data:
+    """The data set `name`, one of NAMES, from the folder `root` (digits come with scikit-learn).
+
+    Nothing is fetched unless `download`. Batches lie on `device`.
+    Raises ValueError for an unknown name or damaged files, FileNotFoundError where files are missing.
+    """
+    if name not in NAMES:
+        raise ValueError(f"unknown data set {name!r}: there are {', '.join(NAMES)}")
+    if name == "imagefolder":
+        return _load_folders(Path(root), device)
+    parts = _load_digits() if name == "digits" else _load_torchvision(name, Path(root), download)
+    return Data(INFOS[name], *(InMemory(INFOS[name], *part, device) for part in parts))
+
+
+def seed_of(*numbers: int) -> int:
+    """One seed from several numbers, such as (seed, epoch)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+class InMemory:
+    """Images held on the device as one uint8 tensor [n, C, H, W], with their labels [n]."""
+
+    def __init__(self, info: Info, images: Tensor, labels: Tensor, device: torch.device | str = "cpu"):
+        self.padding = info.padding
+        self.images, self.labels = images.to(device), labels.to(device)
+        self.mean, self.std = (
+            info.peak * torch.tensor(values, device=device).view(-1, 1, 1) for values in (info.mean, info.std)
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True):
+            yield self._normalise(images), labels
+
+    def epoch(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(seed_of(seed, epoch))
+        order = torch.randperm(len(self), generator=generator)
+        for chosen in order.split(batch_size):
+            index = chosen.to(self.labels.device)
+            images = self.images[index]
+            if self.padding:
+                images = crop_and_flip(images, self.padding, generator)
+            yield self._normalise(images), self.labels[index]
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+
+def crop_and_flip(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
+    """Each image [C, H, W] of the batch padded with zeros, cropped at random, flipped half of the time."""
+    n, channels, height, width = images.shape
+    top, left = torch.randint(2 * padding + 1, (2, n, 1), generator=generator)
+    flip = torch.rand(n, 1, generator=generator) < 0.5
+    rows, columns = torch.arange(height), torch.arange(width)
+    rows = (top + rows).to(images.device)
+    columns = (left + torch.where(flip, columns.flip(0), columns)).to(images.device)
+    padded = F.pad(images, (padding,) * 4)
+    image, channel = (torch.arange(k, device=images.device) for k in (n, channels))
+    return padded[
+        image[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None, :]
+    ]
+
+
+def _load_digits() -> list[Batch]:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).to(torch.uint8).unsqueeze(1)
+    labels = torch.from_numpy(digits.target).long()
+    train, test = train_test_split(
+        np.arange(len(labels)), test_size=0.25, stratify=digits.target, random_state=0
+    )
+    return [(images[part], labels[part]) for part in (train, test)]
+
+
+def _load_torchvision(name: str, root: Path, download: bool) -> list[Batch]:
+    from torchvision import datasets
+
+    kind = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    if not download:
+        _require_files(name, root, _files(kind))
+    try:
+        parts = [kind(root, train=train, download=download) for train in (True, False)]
+    except (RuntimeError, ValueError, AssertionError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{name} in {root} is damaged ({error}): remove it and add --download, or copy it again"
+        ) from error
+    return [_tensors(part.data, part.targets, INFOS[name].shape) for part in parts]
+
+
+def _files(kind: type) -> list[str]:
+    """The files of a torchvision data set, relative to its root."""
+    if kind.__name__ == "MNIST":
+        return [f"MNIST/raw/{Path(archive).stem}" for archive, _ in kind.resources]
+    listed = [file for file, _ in kind.train_list + kind.test_list]
+    return [f"{kind.base_folder}/{file}" for file in [*listed, kind.meta["filename"]]]
+
+
+def _require_files(name: str, root: Path, files: list[str]) -> None:
+    missing = [file for file in files if not (root / file).is_file()]
+    if missing == files:
+        raise FileNotFoundError(
+            f"no {name} in {root} (looked for {files[0]}): name its folder with --data, or add --download"
+        )
+    if missing:
+        raise FileNotFoundError(
+            f"{name} in {root} is incomplete, {', '.join(missing)} missing: complete it, or add --download"
+        )
+
+
+def _tensors(data, targets, shape: tuple[int, int, int]) -> Batch:
+    """Images [n, H, W] or [n, H, W, C] of bytes as [n, C, *size], and their labels."""
+    from torchvision.transforms.v2.functional import resize
+
+    images = torch.as_tensor(data)
+    images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2)
+    return resize(images.contiguous(), list(shape[1:]), antialias=True), torch.as_tensor(targets).long()
+
+
+class Folder:
+    """Images in one folder a class, through torchvision's transforms; one random stream an image."""
+
+    def __init__(self, path: Path, train_transform, test_transform, device: torch.device | str = "cpu"):
+        from torchvision.datasets import ImageFolder
+
+        self.train, self.test = ImageFolder(path, train_transform), ImageFolder(path, test_transform)
+        self.classes, self.device = self.test.classes, torch.device(device)
+
+    def __len__(self) -> int:
+        return len(self.test)
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        return self._load(self.test, range(len(self)), batch_size)
+
+    def epoch(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(seed_of(seed, epoch))
+        order = torch.randperm(len(self), generator=generator).tolist()
+        return self._load(_Seeded(self.train, seed, epoch), order, batch_size)
+
+    def _load(self, images, order, batch_size: int) -> Iterator[Batch]:
+        loader = torch.utils.data.DataLoader(
+            images,
+            batch_size,
+            sampler=order,
+            num_workers=min(8, os.cpu_count() or 1),
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),
+        )
+        for batch, labels in loader:
+            yield batch.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+
+class _Seeded(torch.utils.data.Dataset):
+    """Images whose random transforms depend on (seed, epoch, index), whatever worker loads them."""
+
+    def __init__(self, images, seed: int, epoch: int):
+        self.images, self.seed, self.epoch = images, seed, epoch
+
+    def __getitem__(self, index: int):
+        torch.default_generator.manual_seed(seed_of(self.seed, self.epoch, index))
+        return self.images[index]
+
+
+def _load_folders(root: Path, device: torch.device | str) -> Data:
+    from torchvision.transforms import v2
+
+    finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    train = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), *finish])
+    test = v2.Compose([v2.Resize(256), v2.CenterCrop(224), *finish])
+    parts = [_open_folder(root / part, train, test, device) for part in ("train", "val")]
+    if parts[0].classes != parts[1].classes:
+        raise ValueError(
+            f"{root / 'train'} and {root / 'val'} hold different classes: give both the same folders"
+        )
+    return Data(Info(len(parts[0].classes), (3, 224, 224), IMAGENET_MEAN, IMAGENET_STD), *parts)
+
+
+def _open_folder(path: Path, train, test, device: torch.device | str) -> Folder:
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"no folder {path}: --data names a folder with train/ and val/, one folder a class"
+        )
+    try:
+        return Folder(path, train, test, device)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no images in {path}: it needs one folder a class ({error})") from error

@@ -1,0 +1,181 @@
+"""The demo: digits, a small ResNet, five ways to train it on, and what is left of each when it is cut."""
+
+import copy
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+import efreg
+from efreg.lab import data, engine, figures
+from efreg.lab.checkpoints import Settings
+from efreg.lab.logs import progress, write_csv
+from efreg.lab.sweep import RATIOS, Cut, accuracy_table, rows, sweep
+
+START_EPOCHS = 15
+"""Epochs of the network that every force starts from."""
+
+TIMED_STEPS = 40
+"""Training steps with each force that are timed, each beside one without."""
+
+
+@dataclass(frozen=True)
+class Force:
+    """A way to train on: its name in the table, and what `efreg.attach` is given; None attaches nothing."""
+
+    name: str
+    options: Mapping[str, Any] | None = field(default_factory=dict)
+
+
+NO_FORCE, L1 = "no force", "L1"
+FORCES = (
+    Force(NO_FORCE, None),
+    Force(L1, {"law": "l1", "alpha": 3e-2}),
+    Force("electrostatic, each step", {"alpha": 1e-11, "refresh": 1}),
+    Force("electrostatic, proximal", {"alpha": 1e-11, "update": "proximal"}),
+    Force("electrostatic, once", {"alpha": 1e-11}),
+)
+"""Electrostatic force with charges at both readings, beside L1 at its best α here: 3e-3 and the paper's 1e-2
+keep less. Proximal steps take the charges once."""
+
+
+def run(out: str | Path, *, seed: int = 0, epochs: int = 60, console: Console) -> dict[str, list[Cut]]:
+    """Trains, prunes at every ratio, prints the table and writes it, the picture and the networks to `out`."""
+    out = Path(out)
+    (out / "models").mkdir(parents=True, exist_ok=True)
+    torch.set_flush_denormal(True)
+    images = data.load("digits")
+    settings = Settings(model="resnet14", lr=0.05, batch_size=64, epochs=epochs, seed=seed)
+    with progress(console) as bar:
+        start = _start(settings, images, bar)
+        networks = {force.name: _train_on(start, force, settings, images, bar) for force in FORCES}
+        step_times = _step_times(start, settings, images, bar)
+        sweeps = {name: _sweep(name, network, images, bar) for name, network in networks.items()}
+    _save(out / "models", networks, images)
+    cuts = [
+        row for name, found in sweeps.items() for row in rows(found, force=name, step_time=step_times[name])
+    ]
+    write_csv(out / "demo.csv", cuts)
+    _draw(out / "demo.png", sweeps, epochs)
+    console.print(accuracy_table(sweeps, step_times))
+    console.print("\n".join(findings(sweeps, len(images.test))), highlight=False)
+    console.print(f"Written to {out}: demo.png, demo.csv, models/", highlight=False)
+    return sweeps
+
+
+def findings(sweeps: Mapping[str, Sequence[Cut]], test_images: int) -> list[str]:
+    """What the table says: the best force at 50 %, and for each force the ratios at which L1 does better."""
+    at_half = {name: cuts[RATIOS.index(0.5)].accuracy for name, cuts in sweeps.items()}
+    best = max(at_half, key=at_half.__getitem__)
+    others = ", ".join(f"{at_half[name]:.1f} % with {name}" for name in (L1, NO_FORCE) if name != best)
+    sentences = [
+        f"Half of the filters gone: {at_half[best]:.1f} % with {best}, {others}. "
+        f"One seed, {test_images} test images."
+    ]
+    for name, cuts in sweeps.items():
+        lost = [f"{a.ratio:.0%}" for a, b in zip(cuts, sweeps[L1]) if b.accuracy > a.accuracy]
+        if lost and name not in (L1, NO_FORCE):
+            sentences.append(f"L1 does better than {name} at {', '.join(lost)}.")
+    return sentences
+
+
+def _start(settings: Settings, images: data.Data, bar) -> nn.Module:
+    model = engine.build(settings, images.info.num_classes, images.info.shape)
+    _train(model, Settings(**{**vars(settings), "epochs": START_EPOCHS, "lr": 0.1}), images, bar, "training")
+    return model
+
+
+def _train_on(start: nn.Module, force: Force, settings: Settings, images: data.Data, bar) -> nn.Module:
+    model = copy.deepcopy(start)
+    attached = _attach(model, force, images)
+    _train(model, Settings(**{**vars(settings), "seed": settings.seed + 1}), images, bar, force.name)
+    if attached:
+        attached.detach()
+    return model
+
+
+def _train(model: nn.Module, settings: Settings, images: data.Data, bar, name: str) -> None:
+    steps = engine.steps_per_epoch(images.train, settings)
+    task = bar.add_task(name, total=settings.epochs * steps, note="")
+    optimizer = engine.sgd(model, settings)
+    for epoch in range(settings.epochs):
+        engine.train_epoch(model, optimizer, images.train, settings, epoch, lambda: bar.advance(task))
+    bar.update(task, note=f"{engine.evaluate(model, images.test)[1]:.1f} %")
+
+
+def _attach(model: nn.Module, force: Force, images: data.Data) -> efreg.Attachment | None:
+    """The force on the layers that will be pruned, as in the paper."""
+    if force.options is None:
+        return None
+    example = next(images.test.batches(2))[0]
+    return efreg.attach(model, layers=efreg.plan(model, ratio=0.5, example_inputs=example), **force.options)
+
+
+def _step_times(start: nn.Module, settings: Settings, images: data.Data, bar) -> dict[str, float]:
+    task = bar.add_task("timing training steps", total=len(FORCES), note="")
+    times = {}
+    for force in FORCES:
+        times[force.name] = _step_time(start, force, settings, images)
+        bar.advance(task)
+    return times
+
+
+def _step_time(start: nn.Module, force: Force, settings: Settings, images: data.Data) -> float:
+    """The median ratio of a training step with the force to one without, timed in turns."""
+    if force.options is None:
+        return 1.0
+    models = copy.deepcopy(start), copy.deepcopy(start)
+    attached = _attach(models[0], force, images)
+    optimizers = [engine.sgd(model, settings) for model in models]
+    batch = next(images.train.batches(settings.batch_size))
+    ratios = []
+    for _ in range(TIMED_STEPS):
+        with_force, without = (
+            _seconds(lambda m=m, o=o: engine.train_step(m, o, *batch)) for m, o in zip(models, optimizers)
+        )
+        ratios.append(with_force / without)
+    attached.detach()
+    return statistics.median(ratios)
+
+
+def _seconds(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _sweep(name: str, network: nn.Module, images: data.Data, bar) -> list[Cut]:
+    task = bar.add_task(f"pruning: {name}", total=len(RATIOS), note="")
+    return sweep(network, images, tick=lambda: bar.advance(task))
+
+
+def _save(folder: Path, networks: Mapping[str, nn.Module], images: data.Data) -> None:
+    """Each network whole, and without half of its filters."""
+    example = next(images.test.batches(2))[0]
+    for name, network in networks.items():
+        stem = name.replace(", ", "-").replace(" ", "-").lower()
+        efreg.save(network, folder / f"{stem}.safetensors")
+        plan = efreg.plan(network, ratio=0.5, example_inputs=example)
+        efreg.save(efreg.prune(network, plan, example_inputs=example), folder / f"{stem}-half.safetensors")
+
+
+def _draw(path: Path, sweeps: Mapping[str, Sequence[Cut]], epochs: int) -> None:
+    def curves(figure: str) -> list[figures.Curve]:
+        return [figures.Curve(name, [getattr(cut, figure) for cut in cuts]) for name, cuts in sweeps.items()]
+
+    figures.draw_panels(
+        path,
+        RATIOS,
+        {
+            "right after pruning": curves("accuracy"),
+            "batch-norm statistics re-estimated": curves("recalibrated"),
+        },
+        "What is left when filters are removed, without training again",
+        f"ResNet-14, scikit-learn's digits: a trained network, then {epochs} epochs with each force, then cut",
+    )

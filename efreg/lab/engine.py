@@ -1,0 +1,269 @@
+"""The training engine: SGD with momentum and a force, resumable to the last bit."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import efreg
+from efreg.lab import checkpoints, data, models
+from efreg.lab.checkpoints import Checkpoint, Settings
+from efreg.lab.logs import Row
+
+NEAR_ZERO = 0.01
+"""A filter is near zero when its magnitude is at most this share of its layer's largest."""
+
+
+def _milestones(progress: float) -> float:
+    """A tenth after half of the training, a hundredth after 3/4: epochs 100, 150 of 200, 60, 90 of 120."""
+    return 0.1 ** sum(progress >= milestone for milestone in (0.5, 0.75))
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+    "p1": _milestones,
+    "p2": _milestones,
+}
+"""The learning rate as a share of its start, of the share of the training that is done."""
+
+START_LR = {"p2": 0.01}
+"""The learning rate that a schedule starts from where none is given; 0.1 for the others."""
+
+
+class Diverged(RuntimeError):
+    """Training met a loss that is not finite."""
+
+
+class Run:
+    """One training run: data, model, force and optimizer, made and checked from its settings.
+
+    Where a checkpoint is given the run goes on from it, to the same bits as one that was never interrupted.
+    Raises ValueError or FileNotFoundError, naming what is wrong, before anything has been trained.
+    """
+
+    def __init__(self, settings: Settings, checkpoint: Checkpoint | None = None, *, download: bool = False):
+        _check(settings)
+        torch.set_flush_denormal(
+            True
+        )  # weights driven to zero make denormals in the momentum: 10x slower steps
+        self.settings, self.device = settings, _device(settings.device)
+        self.data = data.load(settings.dataset, settings.data, download=download, device=self.device)
+        self.history: list[Row] = list(checkpoint.history) if checkpoint else []
+        weights = _first_weights(settings, checkpoint)
+        self.model = build(settings, self.data.info.num_classes, self.data.info.shape, weights).to(
+            self.device
+        )
+        self.plan = plan(self.model, settings, _example(self.data.info.shape).to(self.device))
+        self.force = efreg.attach(
+            self.model,
+            settings.alpha,
+            law=settings.law,
+            layers=self.plan,
+            refresh=settings.refresh,
+            update=settings.update,
+            backend=settings.backend,
+        )
+        self.optimizer = sgd(self.model, settings)
+        if checkpoint and checkpoint.epoch:
+            self.optimizer.load_state_dict(checkpoint.optimizer)
+            self.force.load_state_dict(checkpoint.force)
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs are done."""
+        return len(self.history)
+
+    def checkpoint(self) -> Checkpoint:
+        """The run as it stands."""
+        return Checkpoint(
+            self.settings,
+            self.data.info.num_classes,
+            self.data.info.shape,
+            self.model.state_dict(),
+            self.epoch,
+            self.history,
+            self.optimizer.state_dict(),
+            self.force.state_dict(),
+        )
+
+    def epochs(self, tick: Callable[[], None] = lambda: None) -> Iterator[Row]:
+        """Train the epochs that are left, yielding a row for the log after each; `tick` is called every step.
+
+        Raises Diverged where the loss of an epoch is not finite, before its row is yielded.
+        """
+        for epoch in range(self.epoch, self.settings.epochs):
+            start = time.perf_counter()
+            loss, accuracy = train_epoch(
+                self.model, self.optimizer, self.data.train, self.settings, epoch, tick
+            )
+            test_loss, test_accuracy = evaluate(self.model, self.data.test)
+            if not (math.isfinite(loss) and math.isfinite(test_loss)):
+                raise Diverged(f"the loss is not finite in epoch {epoch + 1}: lower --lr or --alpha")
+            row = {
+                "epoch": epoch + 1,
+                "loss": loss,
+                "accuracy": accuracy,
+                "test_loss": test_loss,
+                "test_accuracy": test_accuracy,
+                "energy": self.force.energy().item(),
+                "near_zero": near_zero(self.force),
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "seconds": time.perf_counter() - start,
+            }
+            self.history.append(row)
+            yield row
+
+
+def build(settings: Settings, num_classes: int, shape: tuple[int, ...], weights=None) -> nn.Module:
+    """The model that the settings name, from their seed or with `weights`; it takes inputs of `shape`."""
+    torch.manual_seed(settings.seed)
+    model = models.build(settings.model, num_classes, shape[0])
+    _check_input(model, settings.model, shape)
+    if weights is not None:
+        _load_state(model, weights, settings)
+    return model
+
+
+def restore(checkpoint: Checkpoint) -> nn.Module:
+    """The model of a checkpoint, in eval mode on the CPU."""
+    return build(checkpoint.settings, checkpoint.num_classes, checkpoint.shape, checkpoint.weights).eval()
+
+
+def plan(model: nn.Module, settings: Settings, example: Tensor) -> efreg.Plan:
+    """The plan that the settings describe: at ratio 0.5 where they name neither a ratio nor a list."""
+    ratio = 0.5 if settings.ratio is None and settings.ratios is None else settings.ratio
+    return efreg.plan(model, settings.ratios, ratio=ratio, skip=settings.skip, example_inputs=example)
+
+
+def sgd(model: nn.Module, settings: Settings) -> torch.optim.SGD:
+    """SGD with momentum 0.9, as the paper trains."""
+    return torch.optim.SGD(
+        model.parameters(), start_lr(settings), momentum=0.9, weight_decay=settings.weight_decay
+    )
+
+
+def start_lr(settings: Settings) -> float:
+    """The learning rate of the first step."""
+    return START_LR.get(settings.schedule, 0.1) if settings.lr is None else settings.lr
+
+
+def train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: data.Images,
+    settings: Settings,
+    epoch: int,
+    tick: Callable[[], None] = lambda: None,
+) -> tuple[float, float]:
+    """One pass over the images: mean loss, and accuracy in percent, as met on the way."""
+    torch.manual_seed(data.seed_of(settings.seed, epoch))
+    model.train()
+    steps = steps_per_epoch(images, settings)
+    tally = _Tally()
+    for step, (inputs, labels) in enumerate(images.epoch(settings.batch_size, settings.seed, epoch)):
+        share = (epoch * steps + step) / (settings.epochs * steps)
+        for group in optimizer.param_groups:
+            group["lr"] = start_lr(settings) * SCHEDULES[settings.schedule](share)
+        tally.add(train_step(model, optimizer, inputs, labels), labels)
+        tick()
+    return tally.means()
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor) -> Tensor:
+    """One step of the optimizer on the cross-entropy of a batch; the logits before it."""
+    optimizer.zero_grad()
+    logits = model(inputs)
+    F.cross_entropy(logits, labels).backward()
+    optimizer.step()
+    return logits.detach()
+
+
+def steps_per_epoch(images: data.Images, settings: Settings) -> int:
+    return math.ceil(len(images) / settings.batch_size)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: data.Images, batch_size: int = 250) -> tuple[float, float]:
+    """Mean loss and accuracy in percent, in eval mode; the model's own mode is left as it was."""
+    training = model.training
+    model.eval()
+    tally = _Tally()
+    for inputs, labels in images.batches(batch_size):
+        tally.add(model(inputs), labels)
+    model.train(training)
+    return tally.means()
+
+
+def near_zero(force: efreg.Attachment) -> int:
+    """How many of the force's filters have a magnitude of at most 1 % of their layer's largest."""
+    magnitudes = (charges.magnitude for charges in force.charges().values())
+    return sum(int((m <= NEAR_ZERO * m.max()).sum()) for m in magnitudes)
+
+
+class _Tally:
+    """Sums of loss and hits over batches, kept on the device so that no step waits for them."""
+
+    def __init__(self):
+        self.count, self.loss, self.hits = 0, 0.0, 0.0
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        self.count += len(labels)
+        self.loss += F.cross_entropy(logits, labels, reduction="sum")
+        self.hits += (logits.argmax(1) == labels).sum()
+
+    def means(self) -> tuple[float, float]:
+        return float(self.loss) / self.count, 100 * float(self.hits) / self.count
+
+
+def _check(settings: Settings) -> None:
+    if settings.schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {settings.schedule!r}: there are {', '.join(SCHEDULES)}")
+    for name in ("epochs", "batch_size"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} is {getattr(settings, name)}: it must be at least 1")
+    if settings.seed < 0:
+        raise ValueError(f"seed is {settings.seed}: it must not be negative")
+    if settings.weights is not None and not Path(settings.weights).is_file():
+        raise FileNotFoundError(f"no file {settings.weights}: --weights names a file of weights")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be had here: use --device cpu") from error
+
+
+def _example(shape: tuple[int, ...]) -> Tensor:
+    return torch.zeros(2, *shape)
+
+
+def _first_weights(settings: Settings, checkpoint: Checkpoint | None) -> dict[str, Tensor] | None:
+    if checkpoint:
+        return checkpoint.weights
+    return checkpoints.load_weights(settings.weights) if settings.weights else None
+
+
+@torch.no_grad()
+def _check_input(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:
+    model.eval()
+    try:
+        model(_example(shape))
+    except RuntimeError as error:
+        size = "x".join(map(str, shape))
+        raise ValueError(f"{name} cannot take images of {size} ({error}): choose another --model") from error
+    model.train()
+
+
+def _load_state(model: nn.Module, weights: dict[str, Tensor], settings: Settings) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"the weights do not fit {settings.model} on {settings.dataset}: {error}") from error

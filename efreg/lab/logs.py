@@ -1,0 +1,61 @@
+"""What a training run writes down as it goes: log.csv and TensorBoard events, one row an epoch."""
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from efreg.lab.checkpoints import replacing
+
+Row = dict[str, float]
+
+
+class Log:
+    """log.csv and tensorboard/ in the folder `out`, continued after the rows of `history`.
+
+    The CSV is written whole each time, from the rows a checkpoint keeps, so a resumed run repeats none;
+    TensorBoard is told to forget what it saw of later epochs.
+    """
+
+    def __init__(self, out: Path, history: list[Row]):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path, self.rows = out / "log.csv", list(history)
+        self.writer = SummaryWriter(out / "tensorboard", purge_step=len(history) + 1)
+        if history:
+            write_csv(self.path, history)
+
+    def add(self, row: Row) -> None:
+        """Write the row of one epoch, whose number is `row["epoch"]`."""
+        self.rows.append(row)
+        for name, value in row.items():
+            if name != "epoch":
+                self.writer.add_scalar(name, value, int(row["epoch"]))
+        self.writer.flush()
+        write_csv(self.path, self.rows)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def write_csv(path: str | Path, rows: Iterable[dict]) -> None:
+    """Rows with the same keys, the first row's keys as the header."""
+    rows = list(rows)
+    with replacing(path, "w") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def progress(console: Console) -> Progress:
+    """Progress bars: what, how far, how long still, and a remark (`note`)."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )

@@ -1,0 +1,133 @@
+"""Accuracy against pruning ratio: one trained network, cut physically at every ratio, never trained again."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import efreg
+from efreg.lab import checkpoints, data, engine, figures
+from efreg.lab.checkpoints import Settings
+from efreg.lab.logs import progress, write_csv
+
+RATIOS = tuple(tenth / 10 for tenth in range(10))
+"""0 to 90 %."""
+
+STATISTICS_BATCHES = 40
+"""Batch-norm statistics are re-estimated on as many batches of 250 training images at most."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A network pruned at `ratio`: accuracy in percent right after it, and with re-estimated statistics."""
+
+    ratio: float
+    accuracy: float
+    recalibrated: float
+    macs: int
+    parameters: int
+
+
+def sweep(
+    model: nn.Module,
+    images: data.Data,
+    *,
+    skip: Sequence[str] = (),
+    ratios: Iterable[float] = RATIOS,
+    tick: Callable[[], None] = lambda: None,
+) -> list[Cut]:
+    """The network cut at each of the ratios, every time from the whole one; `tick` is called after each."""
+    cuts = []
+    for ratio in ratios:
+        cuts.append(_cut(model, images, ratio, skip))
+        tick()
+    return cuts
+
+
+def rows(cuts: Iterable[Cut], **more) -> list[dict]:
+    """The cuts as rows for a CSV, `more` in front of each."""
+    return [{**more, **asdict(cut)} for cut in cuts]
+
+
+def accuracy_table(
+    sweeps: Mapping[str, Sequence[Cut]], step_times: Mapping[str, float] | None = None
+) -> Table:
+    """One row a sweep, one column a ratio; then the same with re-estimated statistics, then what a cut costs.
+
+    step_times: of each sweep the time of a training step, relative to one without a force.
+    """
+    cuts = next(iter(sweeps.values()))
+    table = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="Accuracy in % without these % of the filters"
+    )
+    table.add_column("right after pruning", no_wrap=True)
+    table.add_column("step" if step_times else "", justify="right", no_wrap=True)
+    for cut in cuts:
+        table.add_column(f"{100 * cut.ratio:.0f}", justify="right", no_wrap=True, min_width=3)
+    for name, found in sweeps.items():
+        time = f"{step_times[name]:.2f}" if step_times else ""
+        table.add_row(name, time, *(f"{cut.accuracy:.0f}" for cut in found))
+    table.add_section()
+    table.add_row("[bold]statistics re-estimated[/bold]")
+    for name, found in sweeps.items():
+        table.add_row(name, "", *(f"{cut.recalibrated:.0f}" for cut in found))
+    table.add_section()
+    table.add_row("MACs left, %", "", *(f"{100 * cut.macs / cuts[0].macs:.0f}" for cut in cuts))
+    table.add_row(
+        "parameters left, %", "", *(f"{100 * cut.parameters / cuts[0].parameters:.0f}" for cut in cuts)
+    )
+    return table
+
+
+def run(
+    checkpoint: str | Path, out: str | Path | None, *, data_folder: str | None = None, console: Console
+) -> list[Cut]:
+    """Sweeps a checkpoint of `efreg train` on its data set: prints a table, writes sweep.csv and sweep.png.
+
+    out: a folder; None is the checkpoint's own. data_folder: where the data set lies now, if it was moved.
+    """
+    trained = checkpoints.load(checkpoint)
+    settings = trained.settings
+    model = engine.restore(trained)
+    images = data.load(settings.dataset, data_folder or settings.data)
+    out = Path(out or Path(checkpoint).parent)
+    out.mkdir(parents=True, exist_ok=True)
+    with progress(console) as bar:
+        task = bar.add_task("pruning", total=len(RATIOS), note="")
+        cuts = sweep(model, images, skip=settings.skip, tick=lambda: bar.advance(task))
+    write_csv(out / "sweep.csv", rows(cuts))
+    _draw(out / "sweep.png", cuts, settings)
+    console.print(accuracy_table({settings.model: cuts}))
+    console.print(f"Written to {out}: sweep.csv, sweep.png", highlight=False)
+    return cuts
+
+
+def _draw(path: Path, cuts: Sequence[Cut], settings: Settings) -> None:
+    curves = [
+        figures.Curve("right after pruning", [cut.accuracy for cut in cuts]),
+        figures.Curve("statistics re-estimated", [cut.recalibrated for cut in cuts]),
+    ]
+    force = f"{settings.law}, α = {settings.alpha:g}" if settings.alpha else "no force"
+    figures.draw_panels(
+        path,
+        RATIOS,
+        {settings.model: curves},
+        "Accuracy when filters are removed",
+        f"{settings.dataset}, {force}",
+    )
+
+
+def _cut(model: nn.Module, images: data.Data, ratio: float, skip: Sequence[str]) -> Cut:
+    example = next(images.test.batches(2))[0]
+    plan = efreg.plan(model, ratio=ratio, skip=skip, example_inputs=example)
+    small = efreg.prune(model, plan, example_inputs=example)
+    accuracy = engine.evaluate(small, images.test)[1]
+    macs = efreg.macs(small, example[:1])
+    efreg.recalibrate(small, islice(images.train.batches(250), STATISTICS_BATCHES))
+    recalibrated = engine.evaluate(small, images.test)[1]
+    return Cut(ratio, accuracy, recalibrated, macs, sum(p.numel() for p in small.parameters()))

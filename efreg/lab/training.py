@@ -1,0 +1,58 @@
+"""Training at the console: progress bars, logs, and a checkpoint an epoch to go on from."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+import efreg
+from efreg.lab import checkpoints, engine
+from efreg.lab.checkpoints import Settings
+from efreg.lab.logs import Log, progress
+
+CHECKPOINT = "checkpoint.pt"
+
+
+def train(
+    settings: Settings | None,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    download: bool = False,
+    console: Console,
+) -> None:
+    """Trains as `settings` say, or goes on with the run in the folder `out`.
+
+    Writes checkpoint.pt and log.csv after every epoch, TensorBoard events beside them, and model.safetensors
+    at the end. Raises ValueError or FileNotFoundError before anything is trained, engine.Diverged where the
+    loss is no longer finite; the last checkpoint stays.
+    """
+    out = Path(out)
+    path = out / CHECKPOINT
+    checkpoint = checkpoints.load(path) if resume else None
+    if path.exists() and not resume:
+        raise ValueError(f"{path} is there already: go on with --resume, or choose another --out")
+    run = engine.Run(checkpoint.settings if checkpoint else settings, checkpoint, download=download)
+    out.mkdir(parents=True, exist_ok=True)
+    console.print(f"{run.force}", highlight=False)
+    _train(run, out, path, console)
+    efreg.save(run.model, out / "model.safetensors")
+    console.print(
+        f"Written to {out}: {CHECKPOINT}, log.csv, tensorboard/, model.safetensors", highlight=False
+    )
+
+
+def _train(run: engine.Run, out: Path, path: Path, console: Console) -> None:
+    steps = engine.steps_per_epoch(run.data.train, run.settings)
+    log = Log(out, run.history)
+    with progress(console) as bar:
+        task = bar.add_task(
+            "training", total=run.settings.epochs * steps, completed=run.epoch * steps, note=""
+        )
+        for row in run.epochs(lambda: bar.advance(task)):
+            checkpoints.save(run.checkpoint(), path)
+            log.add(row)
+            note = (
+                f"loss {row['loss']:.3f}, test {row['test_accuracy']:.1f} %, {row['near_zero']:.0f} near zero"
+            )
+            bar.update(task, note=note)
+    log.close()
