@@ -309,6 +309,26 @@ def test_loaded_and_moved_weights_keep_the_force(net):
     torch.testing.assert_close(net[0].weight, expected)
 
 
+@pytest.mark.parametrize("refresh", [None, 1])
+def test_a_model_may_change_its_dtype_under_the_same_optimizer(net, refresh):
+    """The parameters stay the same objects; kept coefficients go along."""
+    force = efreg.attach(net, ALPHA, refresh=refresh)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float64):
+        net.to(dtype)
+        before = net[0].weight.detach().clone()
+        for parameter in net.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        c = force.charges()["0"].coefficient.double().view(-1, 1, 1, 1)
+        if refresh is None:
+            expected = before.double() - 0.1 * (c * before.double().sign()).to(dtype).double()
+        else:
+            expected = before.double() - 0.1 * oracle.force(before, ALPHA).to(dtype).double()
+        tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
+        torch.testing.assert_close(net[0].weight.double(), expected, **tolerance)
+
+
 def test_weights_replaced_in_place_are_seen(net):
     """`weight.data = ...` moves the storage while the parameter stays the same object."""
     efreg.attach(net, 1.0, law="l1")
