@@ -7,6 +7,7 @@ import torch
 import efreg
 from efreg import backends
 from efreg.lab import models
+from efreg.table import Rows
 
 CPU = torch.device("cpu")
 NETWORKS = {
@@ -27,11 +28,6 @@ def network(request):
     return request.param, model, weights, rounds
 
 
-def rows_of(weights):
-    filters = [len(w) for w in weights]
-    return backends.Rows(weights, [0] * len(weights), [sum(filters[:i]) for i in range(len(filters))])
-
-
 def streams(weights):
     """a and b of the floor torch.add(a, b, out=b): as many elements as the weights have, 12 bytes each."""
     elements = sum(w.numel() for w in weights)
@@ -39,7 +35,11 @@ def streams(weights):
 
 
 def operations(kind, weights):
-    backend, rows, grads = backends.select(kind, CPU), rows_of(weights), [w.grad for w in weights]
+    backend, rows, grads = (
+        backends.select(kind, CPU),
+        Rows.of(weights, [0] * len(weights)),
+        [w.grad for w in weights],
+    )
     coefficients, scales = torch.full((sum(len(w) for w in weights),), 1e-9), [1e-9] * len(weights)
     return {
         f"{kind} measure": lambda: backend.measure(rows, sign="count", norm=False),

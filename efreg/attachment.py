@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 
 import torch
@@ -10,15 +10,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from efreg import stepping
-from efreg.backends import Reference, Rows, charges_of, select
+from efreg.backends import Backend, select
 from efreg.laws import Charges, Law, resolve
+from efreg.layers import Layer, check_module, find_layers
 from efreg.reference import accumulator
-from efreg.table import Layer, by_device_and_dtype, find_layers
+from efreg.table import Rows, by_device_and_dtype
 from efreg.wrapping import unwrap
 
 logger = logging.getLogger("efreg")
 
 UPDATES = ("gradient", "proximal")
+
+PATIENCE = 20
+"""Steps of whatever optimizers before weights that none of them steps are reported."""
 
 
 def attach(
@@ -44,10 +48,13 @@ def attach(
     refresh: None takes the charges once, at the first step; k takes them anew every k optimizer steps.
     backend: "auto", "cpp" or "reference"; EFREG_BACKEND sets what "auto" means.
 
-    The force lives as long as the model or until `detach()`; a copy of the model does not carry it.
+    The force lives as long as the model or until `detach()`; a copy of the model does not carry it. A line
+    search (LBFGS with strong_wolfe) looks at the loss, which the force is not in: give it `penalty` instead.
     Raises ValueError or TypeError, before anything changed, for arguments and layers that cannot be served,
     BackendUnavailable for a backend that cannot be had.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: attach a torch.nn.Module")
     return Attachment(
         unwrap(model),
         resolve(law, alpha),
@@ -61,23 +68,32 @@ def attach(
 class _Group:
     """The layers of one device and dtype that one optimizer steps: they share the operations' calls."""
 
-    def __init__(self, layers: list[Layer], param_groups: list[dict], backend: Reference):
+    def __init__(self, layers: list[Layer], owners: dict[int, dict], backend: Backend):
+        weights = [layer.weight for layer in layers]
         self.layers = layers
-        self.param_groups = param_groups
+        self.owners = owners
         self.backend = backend
-        self.rows = _rows(layers)
-        self.weights = self.rows.tensors
-        self.dtype, self.device = self.weights[0].dtype, self.weights[0].device
+        self.dtype, self.device = weights[0].dtype, weights[0].device
+        self.filters = [layer.filters for layer in layers]
+        self.measured = Rows.of(weights, [layer.dim for layer in layers])
+        members = [(*m, o) for layer, o in zip(layers, self.measured.offsets) for m in layer.members]
+        self.members = Rows(*map(list, zip(*members)))
         self.coefficients = _flat_coefficients(layers)
-        self.charged = all(layer.coefficient is not None for layer in layers)
+        self.kept = self.measured.cut(self.coefficients)
+        for layer, kept in zip(layers, self.kept):
+            layer.coefficient = None if layer.coefficient is None else kept
 
     def is_current(self) -> bool:
-        """Whether the weights are still those that the group was made of."""
-        for layer, weight in zip(self.layers, self.weights):
+        """Whether weights and coefficients are still those that the group was made of."""
+        for layer, weight, filters, kept in zip(self.layers, self.measured.tensors, self.filters, self.kept):
             module = layer.module
-            if module is None or module._parameters["weight"] is not weight:
+            if module is None or module._parameters.get("weight") is not weight:
                 return False
             if weight.dtype is not self.dtype or weight.device != self.device:
+                return False
+            if weight.shape[layer.dim] != filters:
+                return False
+            if layer.coefficient is not None and layer.coefficient is not kept:
                 return False
         return True
 
@@ -87,49 +103,43 @@ class _Group:
             if refresh and layer.steps >= refresh:
                 layer.coefficient = None
             if layer.coefficient is None:
-                layer.steps, self.charged = 0, False
+                layer.steps = 0
             layer.steps += 1
 
     def charge(self, law: Law) -> None:
         """Takes the charges of the layers that have none."""
         missing = [i for i, layer in enumerate(self.layers) if layer.coefficient is None]
-        self.backend.charge(_subset(self.rows, missing), self.coefficients, law)
-        self._keep()
+        if missing:
+            self.backend.charge(self.measured.only(missing), self.coefficients, law)
+            self._keep()
 
     def pull(self, law: Law, scale: float | Tensor) -> None:
         """Adds the force to the gradients, with charges taken now where there are none."""
-        grads = [weight.grad for weight in self.weights]
-        fresh = all(layer.coefficient is None for layer in self.layers)
-        if fresh and all(grad is not None for grad in grads):
-            self.backend.force(grads, self.rows, self.coefficients, law, scale=scale)
-            return self._keep()
-        if not self.charged:
-            self.charge(law)
+        grads = [member.grad for member in self.members.tensors]
         active = [i for i, grad in enumerate(grads) if grad is not None]
+        weights_alone = len(active) == len(grads) == len(self.layers)
+        if weights_alone and all(layer.coefficient is None for layer in self.layers):
+            self.backend.force(grads, self.measured, self.coefficients, law, scale=scale)
+            return self._keep()
+        self.charge(law)
         if active:
-            self.backend.pull(
-                [grads[i] for i in active],
-                _subset(self.rows, active),
-                self.coefficients,
-                scale=scale,
-                radial=law.direction == "radial",
-            )
+            rows, grads = self.members.only(active), [grads[i] for i in active]
+            radial = law.direction == "radial"
+            self.backend.pull(grads, rows, self.coefficients, scale=scale, radial=radial)
 
     def shrink(self, law: Law, found_inf: Tensor | None) -> None:
-        """The proximal step of every weight that has a gradient, with its own learning rate."""
-        active = [i for i, weight in enumerate(self.weights) if weight.grad is not None]
-        rates = [self.param_groups[i]["lr"] for i in active]
+        """The proximal step of every member that has a gradient, each with its own learning rate."""
+        active = [i for i, member in enumerate(self.members.tensors) if member.grad is not None]
+        rows = self.members.only(active)
+        rates = [self.owners[id(member)]["lr"] for member in rows.tensors]
         if found_inf is not None:
             rates = [rate * (1 - found_inf) for rate in rates]
         if active:
-            self.backend.shrink(
-                _subset(self.rows, active), self.coefficients, scales=rates, radial=law.direction == "radial"
-            )
+            self.backend.shrink(rows, self.coefficients, scales=rates, radial=law.direction == "radial")
 
     def _keep(self) -> None:
-        for layer, offset in zip(self.layers, self.rows.offsets):
-            layer.coefficient = self.coefficients[offset : offset + layer.filters]
-        self.charged = True
+        for layer, kept in zip(self.layers, self.kept):
+            layer.coefficient = kept
 
 
 class Attachment:
@@ -147,8 +157,10 @@ class Attachment:
         self._backend_name = backend
         self._backends = {device: select(backend, device) for device in {la.weight.device for la in layers}}
         self._groups: weakref.WeakKeyDictionary[Optimizer, tuple] = weakref.WeakKeyDictionary()
+        self._served: set[Layer] = set()
+        self._claims: dict[int, list[_Group]] = {}
         self._reported: set[str] = set()
-        self._regrouped = False
+        self._patience = PATIENCE
         _warn_if_attached(layers)
         self._finalizer = weakref.finalize(model, self.detach)
         self._finalizer.atexit = False
@@ -163,9 +175,7 @@ class Attachment:
     @torch.no_grad()
     def energy(self) -> Tensor:
         """α Σ_layers Σ_n F_n of the weights as they are now, the term of Eq. 7. 0-dim, on their device."""
-        terms = [
-            self.law.energy(c, self.law.coefficients(c)) for _, charges in self._measured() for c in charges
-        ]
+        terms = [self.law.energy(c, self.law.of(c)) for _, c in self._measured()]
         return torch.stack([term.to(terms[0]) for term in terms]).sum()
 
     @torch.no_grad()
@@ -175,18 +185,17 @@ class Attachment:
         Before the charges were first taken, the coefficients are those that the weights now would have.
         """
         found = {}
-        for layers, charges in self._measured():
-            for layer, c in zip(layers, charges):
-                kept = layer.coefficient
-                coefficient = self.law.coefficients(c) if kept is None else kept.to(c.magnitude.device)
-                found[layer.name] = Charges(c.magnitude, c.sign, c.size, c.norm, coefficient.clone())
-        return {layer.name: found[layer.name] for layer in self._layers}
+        for layer, c in self._measured():
+            kept = (
+                self.law.of(c) if layer.coefficient is None else layer.coefficient.to(c.magnitude, copy=True)
+            )
+            found[layer.name] = Charges(c.magnitude, c.sign, c.size, c.norm, kept)
+        return {layer.name: found[layer.name] for layer in self._living()}
 
     def refresh(self) -> None:
         """Charges are taken anew at the next optimizer step."""
         for layer in self._layers:
             layer.coefficient = None
-        self._groups.clear()
 
     def detach(self) -> None:
         """Ends the force; the weights stay as they are. Doing it twice is doing it once."""
@@ -194,6 +203,7 @@ class Attachment:
         _attached.discard(self)
         self._finalizer.detach()
         self._groups.clear()
+        self._claims.clear()
 
     def state_dict(self) -> dict:
         """The coefficients in force and the step counts, for a checkpoint that training resumes from."""
@@ -206,7 +216,9 @@ class Attachment:
 
     def load_state_dict(self, state: dict) -> None:
         """Takes up where `state_dict` left off. Raises ValueError, changing nothing, for other layers."""
-        layers = {layer.name: layer for layer in self._layers}
+        if not {"steps", "layers"} <= state.keys():
+            raise ValueError("this is no state of a force: give what `state_dict` returned")
+        layers = {layer.name: layer for layer in self._living()}
         for name, saved in state["layers"].items():
             if name not in layers or len(saved["coefficient"]) != layers[name].filters:
                 raise ValueError(
@@ -217,32 +229,37 @@ class Attachment:
             saved = state["layers"].get(name, {"steps": 0, "coefficient": None})
             kept, layer.steps = saved["coefficient"], saved["steps"]
             layer.coefficient = None if kept is None else kept.to(layer.weight.device, copy=True)
-        self._groups.clear()
 
-    def before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """The pre hook of every outermost optimizer step (efreg/stepping.py)."""
-        seen_before = optimizer in self._groups
-        groups = self._groups_of(optimizer)
-        if self._regrouped and seen_before:
-            self._report_unstepped()
+    def before_step(
+        self, optimizer: Optimizer, args: tuple, kwargs: dict, *, step: int = 0, outermost: bool = True
+    ) -> tuple[tuple, dict]:
+        """The pre hook of every optimizer step (efreg/stepping.py); a nested one serves what is left."""
+        if outermost:
+            self._served.clear()
+            self._claims.clear()
+            self._mind_the_unstepped()
+        groups = self._unserved(self._groups_of(optimizer))
         if not groups:
             return args, kwargs
-        self.steps += 1
+        self.steps += outermost
+        self._claims[step] = groups
         for group in groups:
+            self._served.update(group.layers)
             group.count_step(self.refresh_every)
         if self.update == "proximal":
             self._charge(groups)
-            return args, kwargs
-        if (found := _closure(args, kwargs)) is None:
+        elif (found := _closure(args, kwargs)) is not None:
+            return _with_closure(args, kwargs, self._pulling(found, optimizer, groups))
+        else:
             self._pull(optimizer, groups)
-            return args, kwargs
-        return _with_closure(args, kwargs, self._pulling(found, optimizer))
+        return args, kwargs
 
     @torch.no_grad()
-    def after_step(self, optimizer: Optimizer) -> None:
-        """The post hook of every outermost optimizer step."""
+    def after_step(self, optimizer: Optimizer, step: int = 0) -> None:
+        """The post hook of every optimizer step."""
+        groups = self._claims.pop(step, [])
         if self.update == "proximal":
-            for group in self._groups_of(optimizer):
+            for group in groups:
                 group.shrink(self.law, getattr(optimizer, "found_inf", None))
 
     def __enter__(self) -> "Attachment":
@@ -257,7 +274,7 @@ class Attachment:
 
     def __repr__(self) -> str:
         backends = ", ".join(sorted({backend.name for backend in self._backends.values()}))
-        filters = sum(layer.filters for layer in self._layers if layer.module is not None)
+        filters = sum(layer.filters for layer in self._living())
         return (
             f"Attachment({self.law}, {len(self._layers)} layers, {filters} filters, "
             f"refresh={self.refresh_every}, update={self.update!r}, backend={backends}, "
@@ -273,23 +290,24 @@ class Attachment:
     @torch.no_grad()
     def _charge(self, groups: list[_Group]) -> None:
         for group in groups:
-            if not group.charged:
-                group.charge(self.law)
+            group.charge(self.law)
 
-    def _pulling(self, closure: Callable, optimizer: Optimizer) -> Callable:
+    def _pulling(self, closure: Callable, optimizer: Optimizer, groups: list[_Group]) -> Callable:
         """The closure, with the force added to the gradients that it leaves."""
 
         @wraps(closure)
         def evaluate(*args, **kwargs):
             loss = closure(*args, **kwargs)
-            self._pull(optimizer, self._groups_of(optimizer))
+            self._pull(optimizer, groups)
             return loss
 
         return evaluate
 
     def _groups_of(self, optimizer: Optimizer) -> list[_Group]:
         """What `optimizer` steps of this model, regrouped where weights or the optimizer's groups changed."""
-        signature = [(id(group), len(group["params"])) for group in optimizer.param_groups]
+        signature = [
+            (id(group), id(group["params"]), len(group["params"])) for group in optimizer.param_groups
+        ]
         known, groups = self._groups.get(optimizer, (None, []))
         if known != signature or not all(group.is_current() for group in groups):
             groups = self._regroup(optimizer)
@@ -297,44 +315,54 @@ class Attachment:
         return groups
 
     def _regroup(self, optimizer: Optimizer) -> list[_Group]:
-        owner = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        self._layers = [layer for layer in self._layers if layer.module is not None]
-        stepped = [layer for layer in self._layers if id(layer.weight) in owner]
-        self._regrouped = True
-        return [
-            _Group(
-                layers, [owner[id(layer.weight)] for layer in layers], self._backend(layers[0].weight.device)
-            )
-            for layers in by_device_and_dtype(stepped, lambda layer: layer.weight)
-        ]
+        owners = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        if self.update == "proximal" and not all("lr" in group for group in optimizer.param_groups):
+            raise ValueError(f"{type(optimizer).__name__} has no learning rate, which a proximal step needs")
+        self._layers = self._living()
+        for layer in self._layers:
+            check_module(layer.module, layer.name)
+        self._patience = PATIENCE
+        return self._grouped([layer for layer in self._layers if id(layer.weight) in owners], owners)
 
-    def _report_unstepped(self) -> None:
+    def _unserved(self, groups: list[_Group]) -> list[_Group]:
+        """The groups without the layers that this outermost step has served already."""
+        if not self._served:
+            return groups
+        left = [layer for group in groups for layer in group.layers if layer not in self._served]
+        return self._grouped(left, {key: owner for group in groups for key, owner in group.owners.items()})
+
+    def _grouped(self, layers: list[Layer], owners: dict[int, dict]) -> list[_Group]:
+        together = by_device_and_dtype(layers, lambda layer: layer.weight)
+        return [_Group(group, owners, self._backend(group[0].weight.device)) for group in together]
+
+    def _living(self) -> list[Layer]:
+        """The layers whose modules are still there."""
+        return [layer for layer in self._layers if layer.module is not None]
+
+    def _mind_the_unstepped(self) -> None:
+        """Reports once, PATIENCE steps after the last change, what no optimizer has stepped since."""
+        self._patience -= 1
+        if self._patience:
+            return
         stepped = {layer for _, groups in self._groups.values() for group in groups for layer in group.layers}
-        names = [
-            layer.name for layer in self._layers if layer not in stepped and layer.name not in self._reported
-        ]
-        if names:
-            logger.warning(
-                "no optimizer steps these weights so far, no force acts on them: %s", ", ".join(names)
-            )
-        self._reported.update(names)
-        self._regrouped = False
+        names = [layer.name for layer in self._living() if layer not in stepped]
+        if new := [name for name in names if name not in self._reported]:
+            logger.warning("no optimizer steps these weights, no force acts on them: %s", ", ".join(new))
+            self._reported.update(new)
 
-    def _backend(self, device: torch.device) -> Reference:
+    def _backend(self, device: torch.device) -> Backend:
         if device not in self._backends:
             self._backends[device] = select(self._backend_name, device)
         return self._backends[device]
 
-    def _measured(self):
-        """Layers and their charges now, group by group."""
-        layers = [layer for layer in self._layers if layer.module is not None]
-        if not layers:
+    def _measured(self) -> Iterator[tuple[Layer, Charges]]:
+        """Each layer and its charges now."""
+        if not (layers := self._living()):
             raise RuntimeError("the model of this force is gone")
         for group in by_device_and_dtype(layers, lambda layer: layer.weight):
-            rows = _rows(group)
+            rows = Rows.of([layer.weight for layer in group], [layer.dim for layer in group])
             backend = self._backend(group[0].weight.device)
-            measured = backend.measure(rows, sign=self.law.sign, norm=self.law.measures_norm)
-            yield group, charges_of(rows, *measured)
+            yield from zip(group, rows.charges(*backend.measure(rows, **self.law.statistics)))
 
 
 _attached: "weakref.WeakSet[Attachment]" = weakref.WeakSet()
@@ -364,22 +392,13 @@ def _checked_update(update: str) -> str:
     return update
 
 
-def _rows(layers: list[Layer]) -> Rows:
-    offsets, filters = [], 0
-    for layer in layers:
-        offsets.append(filters)
-        filters += layer.filters
-    return Rows([layer.weight for layer in layers], [layer.dim for layer in layers], offsets)
-
-
-def _subset(rows: Rows, indices: list[int]) -> Rows:
-    return rows if len(indices) == len(rows.tensors) else Rows(*([part[i] for i in indices] for part in rows))
-
-
 def _flat_coefficients(layers: list[Layer]) -> Tensor:
-    """The layers' coefficients one behind the other, 0 where there are none yet."""
+    """The layers' coefficients, one behind the other; a layer whose filters changed in number has none."""
     weight = layers[0].weight
     like = weight.new_empty(0, dtype=accumulator(weight.dtype))
+    for layer in layers:
+        if layer.coefficient is not None and len(layer.coefficient) != layer.filters:
+            layer.coefficient = None
     kept = [
         like.new_zeros(la.filters) if la.coefficient is None else la.coefficient.to(like) for la in layers
     ]
@@ -388,7 +407,8 @@ def _flat_coefficients(layers: list[Layer]) -> Tensor:
 
 def _closure(args: tuple, kwargs: dict) -> Callable | None:
     """The closure that a step was called with; `args[0]` is the optimizer."""
-    return args[1] if len(args) > 1 else kwargs.get("closure")
+    found = args[1] if len(args) > 1 else kwargs.get("closure")
+    return found if callable(found) else None
 
 
 def _with_closure(args: tuple, kwargs: dict, closure: Callable) -> tuple[tuple, dict]:

@@ -1,61 +1,44 @@
-"""Who carries the operations out: the same five methods over the filters of many tensors at once."""
+"""Who carries the operations out, over the filters of many tensors at once."""
 
 import logging
 import os
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from efreg import native, reference
-from efreg.laws import L1, Charges, Electrostatic, Law
+from efreg.laws import Law
 from efreg.native import BackendUnavailable
+from efreg.table import Rows
 
 logger = logging.getLogger("efreg")
 
 
-class Rows(NamedTuple):
-    """Tensors of one device and dtype whose filters go through an operation together.
+class Backend:
+    """The operations that a backend has, and those that are made of them."""
 
-    Filter n of tensors[i] lies along dims[i] and has the coefficient coefficients[offsets[i] + n].
-    """
-
-    tensors: list[Tensor]
-    dims: list[int]
-    offsets: list[int]
-
-
-class Reference:
-    """Plain torch, tensor by tensor, on any device: the oracle of the others."""
-
-    name = "reference"
+    name: str
 
     def measure(self, rows: Rows, *, sign: str, norm: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Magnitudes, signs and, where `norm`, L2 norms of all filters, row behind row."""
-        measured = [
-            reference.measure(w, dim, sign=sign, norm=norm) for w, dim in zip(rows.tensors, rows.dims)
-        ]
-        magnitudes, signs, norms = zip(*measured)
-        return torch.cat(magnitudes), torch.cat(signs), torch.cat(norms) if norm else None
+        raise NotImplementedError
 
     def pull(
         self, grads: list[Tensor], rows: Rows, coefficients: Tensor, *, scale: float | Tensor, radial: bool
     ) -> None:
         """grads += scale · c_n · sgn(w), or its radial twin."""
-        for grad, (weight, dim, c) in zip(grads, _with_coefficients(rows, coefficients)):
-            reference.pull(grad, weight, c, dim, scale=scale, radial=radial)
+        raise NotImplementedError
 
     def shrink(self, rows: Rows, coefficients: Tensor, *, scales: list[float | Tensor], radial: bool) -> None:
         """tensors[i] ← sgn(w) · max(|w| − scales[i] · c_n, 0), or its radial twin."""
-        for scale, (weight, dim, c) in zip(scales, _with_coefficients(rows, coefficients)):
-            reference.shrink(weight, c, dim, scale=scale, radial=radial)
+        raise NotImplementedError
 
     def charge(self, rows: Rows, coefficients: Tensor, law: Law) -> None:
         """Measures the filters and writes the law's coefficients of each."""
-        measured = self.measure(rows, sign=law.sign, norm=law.measures_norm)
-        for charges, offset in zip(charges_of(rows, *measured), rows.offsets):
-            coefficients[offset : offset + len(charges.magnitude)] = law.coefficients(charges)
+        measured = self.measure(rows, **law.statistics)
+        for c, charges in zip(rows.cut(coefficients), rows.charges(*measured)):
+            c.copy_(law.of(charges))
 
     def force(
         self, grads: list[Tensor], rows: Rows, coefficients: Tensor, law: Law, *, scale: float | Tensor
@@ -65,7 +48,26 @@ class Reference:
         self.pull(grads, rows, coefficients, scale=scale, radial=law.direction == "radial")
 
 
-class Cpp(Reference):
+class Reference(Backend):
+    """Plain torch, tensor by tensor, on any device: the oracle of the others."""
+
+    name = "reference"
+
+    def measure(self, rows, *, sign, norm):
+        measured = [reference.measure(w, d, sign=sign, norm=norm) for w, d in zip(rows.tensors, rows.dims)]
+        magnitudes, signs, norms = zip(*measured)
+        return torch.cat(magnitudes), torch.cat(signs), torch.cat(norms) if norm else None
+
+    def pull(self, grads, rows, coefficients, *, scale, radial):
+        for grad, weight, dim, c in zip(grads, rows.tensors, rows.dims, rows.cut(coefficients)):
+            reference.pull(grad, weight, c, dim, scale=scale, radial=radial)
+
+    def shrink(self, rows, coefficients, *, scales, radial):
+        for scale, weight, dim, c in zip(scales, rows.tensors, rows.dims, rows.cut(coefficients)):
+            reference.shrink(weight, c, dim, scale=scale, radial=radial)
+
+
+class Cpp(Backend):
     """C++ on the CPU. A law that it does not know runs as its torch method between the C++ operations."""
 
     name = "cpp"
@@ -85,41 +87,35 @@ class Cpp(Reference):
         self._module.shrink(rows.tensors, coefficients, rows.offsets, rows.dims, scales, radial)
 
     def charge(self, rows, coefficients, law):
-        known = self._known(law)
-        if known is None:
+        if not law.native_kind:
             return super().charge(rows, coefficients, law)
-        self._module.charge(rows.tensors, coefficients, rows.offsets, rows.dims, known)
+        self._module.charge(rows.tensors, coefficients, rows.offsets, rows.dims, self._known(law))
 
     def force(self, grads, rows, coefficients, law, *, scale):
-        known = self._known(law)
-        if known is None:
+        if not law.native_kind:
             return super().force(grads, rows, coefficients, law, scale=scale)
-        self._module.force(grads, rows.tensors, coefficients, rows.offsets, rows.dims, known, float(scale))
+        known, scale = self._known(law), float(scale)
+        self._module.force(grads, rows.tensors, coefficients, rows.offsets, rows.dims, known, scale)
 
     def _known(self, law: Law):
-        """The law as the kernels know it; None for others, also subclasses: they may compute otherwise."""
-        kind = self._module.Law.Kind
-        if type(law) is Electrostatic:
-            strength = law.alpha * law.k_e
-            return self._module.Law(kind.electrostatic, strength, law.softening, law.sign == "count")
-        if type(law) is L1:
-            return self._module.Law(kind.l1, law.alpha, 0.0, True)
-        return None
+        """The law as the kernels know it."""
+        kind = getattr(self._module.Law.Kind, law.native_kind)
+        return self._module.Law(kind, law.strength, law.softening, law.sign == "count")
 
 
-BACKENDS: dict[str, type[Reference]] = {"cpp": Cpp, "reference": Reference}
+BACKENDS: dict[str, type[Backend]] = {"cpp": Cpp, "reference": Reference}
 """In the order in which `auto` tries them."""
 
 SERVES: dict[str, tuple[str, ...]] = {"cpp": ("cpu",)}
 """The device types of each backend; one that is not named serves every device."""
 
 
-def select(name: str, device: torch.device) -> Reference:
+def select(name: str, device: torch.device) -> Backend:
     """The backend that serves `device`: the one asked for by `name` or EFREG_BACKEND, or the first to be had.
 
     Raises ValueError for an unknown name, BackendUnavailable for one that cannot be had.
     """
-    name = os.environ.get("EFREG_BACKEND", "auto") if name == "auto" else name
+    name = (os.environ.get("EFREG_BACKEND") or "auto") if name == "auto" else name
     if name == "auto":
         return _automatic(device.type)
     if name not in BACKENDS:
@@ -137,12 +133,12 @@ def serves(name: str, device_type: str) -> bool:
 
 
 @cache
-def _backend(name: str) -> Reference:
+def _backend(name: str) -> Backend:
     return BACKENDS[name]()
 
 
 @cache
-def _automatic(device_type: str) -> Reference:
+def _automatic(device_type: str) -> Backend:
     for name in BACKENDS:
         if serves(name, device_type):
             try:
@@ -152,20 +148,3 @@ def _automatic(device_type: str) -> Reference:
             except BackendUnavailable as error:
                 logger.warning("backend %r cannot be had (%s): a slower one serves", name, error)
     raise AssertionError("the reference serves every device")
-
-
-def charges_of(rows: Rows, magnitude: Tensor, sign: Tensor, norm: Tensor | None) -> list[Charges]:
-    """The flat statistics of `measure`, cut into one `Charges` a row."""
-    charges, start = [], 0
-    for weight, dim in zip(rows.tensors, rows.dims):
-        filters = weight.shape[dim]
-        cut = slice(start, start + filters)
-        size = weight.numel() // filters if filters else 0
-        charges.append(Charges(magnitude[cut], sign[cut], size, None if norm is None else norm[cut]))
-        start += filters
-    return charges
-
-
-def _with_coefficients(rows: Rows, coefficients: Tensor):
-    for weight, dim, offset in zip(*rows):
-        yield weight, dim, coefficients[offset : offset + weight.shape[dim]]

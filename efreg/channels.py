@@ -114,6 +114,14 @@ class Channels:
         members = [self._member(layer, dependency, channels) for dependency, channels in group]
         return Removal(layer, tuple(member for member in members if member is not None))
 
+    def can_lose_filters(self, layer: str) -> bool:
+        """Whether `removal` finds what goes along with a filter of the layer."""
+        try:
+            self.removal(layer, [0])
+        except PruningError:
+            return False
+        return True
+
     def _member(self, layer: str, dependency: Any, channels: Sequence[int]) -> Member | None:
         node, module = dependency.target, dependency.target.module
         if isinstance(module, READERS) and module is not self._modules[layer]:

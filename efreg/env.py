@@ -24,8 +24,15 @@ def describe() -> str:
     for device in _devices():
         lines.append(f"{device}: {_device_name(device)}")
         lines += [f"  {name:<14} {_state(name, device)}" for name in backends.BACKENDS]
-        lines.append(f"  {'auto':<14} takes {backends.select('auto', device).name}")
+        lines.append(f"  {'auto':<14} {_automatic(device)}")
     return "\n".join(lines)
+
+
+def _automatic(device: torch.device) -> str:
+    try:
+        return f"takes {backends.select('auto', device).name}"
+    except (ValueError, native.BackendUnavailable) as error:
+        return f"takes nothing: {error}"
 
 
 def _version(package: str) -> str:

@@ -57,16 +57,30 @@ class Law:
 
     direction: ClassVar[str] = "sign"
     needs_norm: ClassVar[bool] = False
+    native: ClassVar[str | None] = None
     sign = "count"
+    softening = 0.0
 
     def __post_init__(self):
         _require_nonnegative("alpha", self.alpha)
+        if self.sign not in ("count", "sum"):
+            raise ValueError(f"{type(self).__name__}.sign is {self.sign!r}: use 'count' or 'sum'")
         if self.direction not in ("sign", "radial"):
             raise ValueError(f"{type(self).__name__}.direction is {self.direction!r}: use 'sign' or 'radial'")
 
     def coefficients(self, charges: Charges) -> Tensor:
         """c_n ≥ 0, a tensor [N] of the magnitudes' dtype and device; 0 leaves a filter alone."""
         raise NotImplementedError(f"{type(self).__name__} must define coefficients(charges)")
+
+    def of(self, charges: Charges) -> Tensor:
+        """The coefficients, and 0 for filters that are not finite and wherever `coefficients` is not.
+
+        Raises ValueError where `coefficients` gives anything but a tensor [N].
+        """
+        c, m = self.coefficients(charges), charges.magnitude
+        if c.shape != m.shape:
+            raise ValueError(f"{type(self).__name__}.coefficients gave {tuple(c.shape)} for {len(m)} filters")
+        return torch.where(c.isfinite() & m.isfinite(), c, 0)
 
     def energy(self, charges: Charges, coefficients: Tensor) -> Tensor:
         """α Σ_n F_n of the layer: Σ c_n · ‖w_n‖₁, or Σ c_n · ‖w_n‖₂ for a radial law. 0-dim.
@@ -78,9 +92,19 @@ class Law:
         return torch.where(coefficients != 0, coefficients * length, 0).sum()
 
     @property
-    def measures_norm(self) -> bool:
-        """Whether `Charges.norm` is to be measured."""
-        return self.needs_norm or self.direction == "radial"
+    def strength(self) -> float:
+        """The factor in front of the formula: α, and whatever constant goes with it."""
+        return self.alpha
+
+    @property
+    def native_kind(self) -> str | None:
+        """The law's name among the kernels; a subclass may compute otherwise, so it has its own or none."""
+        return vars(type(self)).get("native")
+
+    @property
+    def statistics(self) -> dict:
+        """What `measure` is asked for."""
+        return {"sign": self.sign, "norm": self.needs_norm or self.direction == "radial"}
 
 
 @dataclass(frozen=True)
@@ -95,6 +119,8 @@ class Electrostatic(Law):
     softening: ε ≥ 0 bounds c_n by α · k_e / (ε² · m_src) through r² + (ε · m_src)²; 0 is the paper's formula.
     """
 
+    native: ClassVar[str] = "electrostatic"
+
     k_e: float = COULOMB
     sign: str = "count"
     softening: float = 0.0
@@ -103,8 +129,6 @@ class Electrostatic(Law):
         super().__post_init__()
         _require_nonnegative("k_e", self.k_e)
         _require_nonnegative("softening", self.softening)
-        if self.sign not in ("count", "sum"):
-            raise ValueError(f"sign is {self.sign!r}: use 'count' or 'sum'")
 
     def coefficients(self, charges: Charges) -> Tensor:
         m, s = charges.magnitude, charges.sign
@@ -115,17 +139,24 @@ class Electrostatic(Law):
         r = (s_src * m_src - s * m).abs()
         if self.softening:
             r = torch.hypot(r, self.softening * m_src)
-        c = (self.alpha * self.k_e / r) * (m_src / r)
+        c = (torch.full_like(r, self.strength) / r) * (m_src / r)
         acts = c.isfinite() & (s != 0) & (s_src != 0) & (torch.arange(len(m), device=m.device) != source)
         return torch.where(acts, c, 0)
+
+    @property
+    def strength(self) -> float:
+        """α · k_e."""
+        return self.alpha * self.k_e
 
 
 @dataclass(frozen=True)
 class L1(Law):
-    """The L1 penalty α · Σ_n ‖w_n‖₁: c_n = α for every finite filter. The paper's baseline, at α = 1e-2."""
+    """The L1 penalty α · Σ_n ‖w_n‖₁: c_n = α for every filter. The paper's baseline, there at α = 1e-2."""
+
+    native: ClassVar[str] = "l1"
 
     def coefficients(self, charges: Charges) -> Tensor:
-        return torch.where(charges.magnitude.isfinite(), self.alpha, torch.zeros_like(charges.magnitude))
+        return torch.full_like(charges.magnitude, self.alpha)
 
 
 LAWS: dict[str, type[Law]] = {"electrostatic": Electrostatic, "l1": L1}

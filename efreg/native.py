@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import platform
 import shutil
 import sys
 from functools import cache
@@ -54,13 +55,14 @@ def load() -> ModuleType:
             f"the C++ sources are not in {CSRC}: check out with symbolic links "
             "(git config core.symlinks true && git checkout -- efreg/csrc) or install from a wheel"
         )
-    if name := prebuilt():
-        return importlib.import_module(name)
-    name = f"{module_name()}_{torch.backends.cpu.get_cpu_capability().lower().replace(' ', '_')}"
+    name = prebuilt()
     try:
-        return _built_at_first_use(name)
+        return (
+            importlib.import_module(name) if name else _built_at_first_use(f"{module_name()}_{_processor()}")
+        )
     except (RuntimeError, OSError, ImportError) as error:
-        raise BackendUnavailable(f"building the C++ operations failed: {_last_line(error)}") from error
+        doing = "loading" if name else "building"
+        raise BackendUnavailable(f"{doing} the C++ operations failed: {_last_line(error)}") from error
 
 
 def build_root() -> Path:
@@ -86,6 +88,14 @@ def _built_at_first_use(name: str) -> ModuleType:
     return module
 
 
+def _processor() -> str:
+    """What code for this machine's processor is known by, where machines share a cache."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
+    features = sorted({line for line in lines if line.startswith(("flags", "Features"))} or lines[:1])
+    return hashlib.sha256("".join(features).encode()).hexdigest()[:8]
+
+
 def _build(name: str, folder: Path) -> ModuleType:
     from torch.utils import cpp_extension
 
@@ -100,6 +110,7 @@ def _build(name: str, folder: Path) -> ModuleType:
         extra_cflags=compile_args(this_machine=True),
         build_directory=str(unfinished),
     )
+    shutil.rmtree(folder, ignore_errors=True)
     os.replace(unfinished, folder)
     return module
 

@@ -5,10 +5,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from efreg.backends import Rows, charges_of, select
+from efreg.backends import select
 from efreg.laws import Charges, Law
+from efreg.layers import check_weight, find_layers
 from efreg.reference import accumulator
-from efreg.table import Layer, by_device_and_dtype, check_weight, find_layers
+from efreg.table import Rows, by_device_and_dtype
 
 
 def _check(weights: Sequence[Tensor], dims: Sequence[int]) -> None:
@@ -24,14 +25,6 @@ def _check(weights: Sequence[Tensor], dims: Sequence[int]) -> None:
             raise ValueError("weights of one call must share dtype and device")
 
 
-def _rows(weights: Sequence[Tensor], dims: Sequence[int]) -> Rows:
-    offsets, filters = [], 0
-    for weight, dim in zip(weights, dims):
-        offsets.append(filters)
-        filters += weight.shape[dim]
-    return Rows(list(weights), list(dims), offsets)
-
-
 @torch.library.custom_op("efreg::measure", mutates_args=())
 def measure_op(weights: Sequence[Tensor], dims: Sequence[int], sign: str, norm: bool) -> list[Tensor]:
     """Magnitudes, signs and, where `norm`, L2 norms of all filters, weight behind weight (reference.measure).
@@ -40,7 +33,7 @@ def measure_op(weights: Sequence[Tensor], dims: Sequence[int], sign: str, norm: 
     Returns tensors [Σ N] in float32, or float64 for float64 weights.
     """
     _check(weights, dims)
-    statistics = select("auto", weights[0].device).measure(_rows(weights, dims), sign=sign, norm=norm)
+    statistics = select("auto", weights[0].device).measure(Rows.of(weights, dims), sign=sign, norm=norm)
     return [s for s in statistics if s is not None]
 
 
@@ -63,7 +56,7 @@ def pull_op(
     _check(weights, dims)
     pulls = [torch.zeros_like(weight) for weight in weights]
     backend = select("auto", weights[0].device)
-    backend.pull(pulls, _rows(weights, dims), coefficients.contiguous(), scale=1.0, radial=radial)
+    backend.pull(pulls, Rows.of(weights, dims), coefficients.contiguous(), scale=1.0, radial=radial)
     return pulls
 
 
@@ -81,7 +74,9 @@ def measure(weight: Tensor, dim: int = 0) -> Charges:
     Raises ValueError for a tensor that holds no filters.
     """
     check_weight(weight, "weight")
-    (charges,) = charges_of(_rows([weight], [dim]), *measure_op([weight.detach()], [dim], "count", True))
+    if not 0 <= dim < weight.ndim:
+        raise ValueError(f"dim is {dim}: a weight of shape {tuple(weight.shape)} has 0 to {weight.ndim - 1}")
+    (charges,) = Rows.of([weight], [dim]).charges(*measure_op([weight.detach()], [dim], "count", True))
     return charges
 
 
@@ -91,7 +86,7 @@ class _Penalty(torch.autograd.Function):
     @staticmethod
     def forward(ctx, law: Law, dims: list[int], *weights: Tensor) -> Tensor:
         charges = _charges(law, weights, dims)
-        coefficients = [law.coefficients(c) for c in charges]
+        coefficients = [law.of(c) for c in charges]
         ctx.save_for_backward(torch.cat(coefficients), *weights)
         ctx.dims, ctx.radial = dims, law.direction == "radial"
         return torch.stack([law.energy(c, k) for c, k in zip(charges, coefficients)]).sum()
@@ -103,8 +98,8 @@ class _Penalty(torch.autograd.Function):
 
 
 def _charges(law: Law, weights: Sequence[Tensor], dims: list[int]) -> list[Charges]:
-    magnitude, sign, *norm = measure_op(weights, dims, law.sign, law.measures_norm)
-    return charges_of(_rows(weights, dims), magnitude, sign, *norm or (None,))
+    magnitude, sign, *norm = measure_op(weights, dims, **law.statistics)
+    return Rows.of(weights, dims).charges(magnitude, sign, *norm or (None,))
 
 
 def penalty(model_or_weights: nn.Module | Tensor | Iterable[Tensor], law: Law, *, layers=None) -> Tensor:
@@ -128,8 +123,7 @@ def penalty(model_or_weights: nn.Module | Tensor | Iterable[Tensor], law: Law, *
 
 def _weights_and_dims(model_or_weights, layers) -> list[tuple[Tensor, int]]:
     if isinstance(model_or_weights, nn.Module):
-        found: list[Layer] = find_layers(model_or_weights, layers)
-        return [(layer.weight, layer.dim) for layer in found]
+        return [(layer.weight, layer.dim) for layer in find_layers(model_or_weights, layers)]
     if layers is not None:
         raise ValueError("layers are chosen from a model; with weights given, leave them out")
     weights = [model_or_weights] if isinstance(model_or_weights, Tensor) else list(model_or_weights)

@@ -182,7 +182,9 @@ def _readers(model: nn.Module, left_alone: set[str], example_inputs: Any) -> dic
     others = list(convolutions(model).items())[1:]
     candidates = [name for name, layer in others if layer.groups == 1 and name not in left_alone]
     found = {name: channels.reader(name) for name in candidates}
-    readers = {name: reader for name, reader in found.items() if reader is not None}
+    readers = {
+        n: reader for n, reader in found.items() if reader is not None and channels.can_lose_filters(n)
+    }
     logger.info("a uniform ratio covers %d of %d convolutions", len(readers), len(others) + 1)
     if not readers:
         raise ValueError(

@@ -1,38 +1,57 @@
-"""Tells its subscribers of every outermost optimizer step in the process, whatever steps are nested in it."""
+"""Tells its subscribers of every optimizer step in the process, and how the steps are nested."""
 
 import sys
 import threading
+import weakref
 from types import FrameType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch.optim import optimizer as torch_optimizer
 
 
 class Subscriber(Protocol):
-    def before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Called before the step; returns the arguments that the step is to have."""
+    def before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict, *, step: int, outermost: bool
+    ) -> tuple[tuple, dict]:
+        """Called before a step, numbered `step` while it lasts; returns the arguments that it is to have."""
 
-    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def after_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Called after the step, unless it raised."""
+
+
+class _Arguments(dict):
+    """The keyword arguments of a step under way: they live exactly as long as the step's frame."""
+
+
+class _Step(NamedTuple):
+    """A step under way: the id of its frame, which is its own while the arguments live."""
+
+    frame: int
+    arguments: weakref.ref
+
+    def encloses(self, frame: FrameType) -> bool:
+        """Whether `frame` runs within this step."""
+        outer = frame.f_back if self.arguments() is not None else None
+        while outer is not None and id(outer) != self.frame:
+            outer = outer.f_back
+        return outer is not None
+
+
+class _Running(threading.local):
+    """This thread's steps that are under way, outermost first."""
+
+    def __init__(self):
+        self.steps: list[_Step] = []
 
 
 _subscribers: list[Subscriber] = []
 _handles: list = []
-
-
-class _Running(threading.local):
-    """The frames of this thread's steps that are under way, outermost first."""
-
-    def __init__(self):
-        self.frames: list[FrameType] = []
-
-
 _running = _Running()
 
 
 def subscribe(subscriber: Subscriber) -> None:
-    """From now on `subscriber` hears of every outermost step."""
+    """From now on `subscriber` hears of every step."""
     if not _subscribers:
         # Hidden from Dynamo: traced, the hooks would be compiled anew at every step.
         before, after = torch.compiler.disable(_before), torch.compiler.disable(_after)
@@ -51,24 +70,25 @@ def unsubscribe(subscriber: Subscriber) -> None:
 
 
 def _before(optimizer, args, kwargs):
-    frame = _step_frame()
-    while _running.frames and not _encloses(_running.frames[-1], frame):
-        _running.frames.pop()  # a step that raised and so never came to its post hook
-    _running.frames.append(frame)
-    if len(_running.frames) == 1:
-        for subscriber in tuple(_subscribers):
-            args, kwargs = subscriber.before_step(optimizer, args, kwargs)
+    frame, steps = _step_frame(), _running.steps
+    while steps and not steps[-1].encloses(frame):
+        steps.pop()  # a step that raised and so never came to its post hook
+    outermost = not steps
+    for subscriber in tuple(_subscribers):
+        args, kwargs = subscriber.before_step(optimizer, args, kwargs, step=id(frame), outermost=outermost)
+    kwargs = _Arguments(kwargs)
+    steps.append(_Step(id(frame), weakref.ref(kwargs)))
     return args, kwargs
 
 
 def _after(optimizer, args, kwargs):
-    frame = _step_frame()
-    if frame not in _running.frames:
-        return
-    del _running.frames[_running.frames.index(frame) :]
-    if not _running.frames:
-        for subscriber in tuple(_subscribers):
-            subscriber.after_step(optimizer)
+    frame, steps = id(_step_frame()), _running.steps
+    if frame not in (step.frame for step in steps):
+        return  # it began before anyone subscribed
+    while steps.pop().frame != frame:
+        pass
+    for subscriber in tuple(_subscribers):
+        subscriber.after_step(optimizer, frame)
 
 
 def _step_frame() -> FrameType:
@@ -77,10 +97,3 @@ def _step_frame() -> FrameType:
     while frame.f_code.co_filename != torch_optimizer.__file__:
         frame = frame.f_back
     return frame
-
-
-def _encloses(outer: FrameType, inner: FrameType) -> bool:
-    frame = inner.f_back
-    while frame is not None and frame is not outer:
-        frame = frame.f_back
-    return frame is outer

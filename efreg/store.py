@@ -68,7 +68,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is truncated or foreign ({error}): save the model anew") from error
     if MARK.items() - metadata.items():
         raise ValueError(f"{path} was not written by efreg.save: load it with safetensors.torch.load_file")
-    return saved | {alias: saved[name] for alias, name in metadata.items() if name in saved}
+    aliases = {alias: name for alias, name in metadata.items() if alias not in MARK}
+    return saved | {alias: saved[name] for alias, name in aliases.items() if name in saved}
 
 
 def _check_names(model: nn.Module, saved: Mapping[str, Tensor], path: str | os.PathLike) -> None:

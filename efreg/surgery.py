@@ -44,6 +44,8 @@ def prune(model: nn.Module, plan: Plan, *, example_inputs: Any) -> nn.Module:
     Raises ValueError for a plan of another model, planned weights that are not finite, or inputs that do not
     fit the model; PruningError, naming the layer, where filters cannot be removed or the proof fails.
     """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan is {plan!r}: make one with efreg.plan")
     model = unwrap(model)
     filters = plan.filters(model)
     with full_precision(device_of(model).type):

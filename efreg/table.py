@@ -1,134 +1,62 @@
-"""Which filter lies where: the layers that a force acts on, and how they go through an operation together."""
+"""The multi-tensor table: tensors that go through an operation together, and where each filter lies."""
 
-import fnmatch
-import weakref
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
 
-import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import Tensor
 
-from efreg.planning import Plan
-from efreg.resizing import CONVOLUTIONS
-from efreg.wrapping import unwrap
-
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-SUPPORTED = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
+from efreg.laws import Charges
 
 T = TypeVar("T")
 
 
-class Layer:
-    """A module whose weight's filters are charges. It is held weakly and its weight looked up at each use.
+class Rows(NamedTuple):
+    """Tensors of one device and dtype, a row each.
 
-    name: as in `model.named_modules()`; dim: along which the filters lie.
-    coefficient: [N], in force since the charges were last taken, None before that.
-    steps: how many optimizer steps it has served since then.
+    Filter n of tensors[i] lies along dims[i] and has the coefficient coefficients[offsets[i] + n]; rows of
+    one layer share an offset.
     """
 
-    def __init__(self, name: str, module: nn.Module):
-        self.name = name
-        self.dim = 1 if isinstance(module, TRANSPOSED) else 0
-        self.coefficient: Tensor | None = None
-        self.steps = 0
-        self._module = weakref.ref(module)
+    tensors: list[Tensor]
+    dims: list[int]
+    offsets: list[int]
 
-    @property
-    def module(self) -> nn.Module | None:
-        """The module, None once it is gone."""
-        return self._module()
+    @classmethod
+    def of(cls, weights: Sequence[Tensor], dims: Sequence[int]) -> "Rows":
+        """A row for each weight, the coefficients lying weight behind weight."""
+        offsets, filters = [], 0
+        for weight, dim in zip(weights, dims):
+            offsets.append(filters)
+            filters += weight.shape[dim]
+        return cls(list(weights), list(dims), offsets)
 
-    @property
-    def weight(self) -> nn.Parameter:
-        return self._module()._parameters["weight"]
-
-    @property
-    def filters(self) -> int:
-        return self.weight.shape[self.dim]
-
-
-def find_layers(model: nn.Module, layers=None) -> list[Layer]:
-    """The layers meant by `layers`: None (every ungrouped convolution), a plan, names, patterns or modules.
-
-    Raises ValueError for one that matches nothing, cannot be served, or for a plan of another model.
-    """
-    model = unwrap(model)
-    if layers is None:
-        names = [n for n, m in model.named_modules() if isinstance(m, CONVOLUTIONS) and m.groups == 1]
-    elif isinstance(layers, Plan):
-        layers.check(model)
-        names = list(layers)
-    else:
-        chosen = [layers] if isinstance(layers, (str, nn.Module)) else layers
-        names = list(dict.fromkeys(name for choice in chosen for name in _matches(model, choice)))
-    if not names:
-        raise ValueError(f"{type(model).__name__} has no ungrouped convolution: name the layers in `layers`")
-    modules = dict(model.named_modules())
-    for name in names:
-        _check_module(modules[name], name)
-    found: dict[int, Layer] = {}
-    for name in names:
-        found.setdefault(id(modules[name].weight), Layer(name, modules[name]))
-    return list(found.values())
-
-
-def _matches(model: nn.Module, choice: str | nn.Module) -> list[str]:
-    if isinstance(choice, nn.Module):
-        names = [name for name, module in model.named_modules() if module is choice]
-        if not names:
-            raise ValueError(f"layers: {type(choice).__name__} is no module of {type(model).__name__}")
-        return names
-    if not isinstance(choice, str):
-        raise TypeError(f"layers: {choice!r} is neither a name, nor a pattern, nor a module, nor a plan")
-    modules = dict(model.named_modules())
-    if choice in modules:
-        return [choice]
-    names = [n for n, m in modules.items() if isinstance(m, SUPPORTED) and fnmatch.fnmatchcase(n, choice)]
-    if not names:
-        raise ValueError(
-            f"layers: {choice!r} matches no convolution or linear layer of {type(model).__name__}; "
-            "names are those of model.named_modules()"
-        )
-    return names
-
-
-def _check_module(module: nn.Module, name: str) -> None:
-    if not isinstance(module, SUPPORTED):
-        raise ValueError(
-            f"{name} is a {type(module).__name__}: only convolutions and linear layers have filters"
-        )
-    if isinstance(module, TRANSPOSED) and module.groups > 1:
-        raise ValueError(f"{name} is a grouped transposed convolution: its filters cannot be told apart")
-    if parametrize.is_parametrized(module, "weight") or "weight" not in module._parameters:
-        raise ValueError(
-            f"{name}.weight is parametrised (weight_norm, spectral_norm, quantisation ...): a pull on it "
-            "would be lost; remove it first (torch.nn.utils.parametrize.remove_parametrizations)"
-        )
-    check_weight(module.weight, f"{name}.weight")
-
-
-def check_weight(weight: Tensor, name: str) -> None:
-    """Raises ValueError for a weight that no operation can serve, naming it and the remedy."""
-    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
-        raise ValueError(f"{name} is lazy: run the model once on a batch before")
-    if type(weight) not in (nn.Parameter, Tensor):
-        raise ValueError(f"{name} is a {type(weight).__name__}: only plain tensors are supported")
-    if weight.is_meta:
-        raise ValueError(
-            f"{name} is on the meta device and has no numbers: move the model to a device before"
-        )
-    if not weight.is_floating_point() or torch.finfo(weight.dtype).bits < 16:
-        raise ValueError(f"{name} is {weight.dtype}: use float16, bfloat16, float32 or float64")
-    if weight.ndim < 2:
-        raise ValueError(
-            f"{name} has shape {tuple(weight.shape)}: a weight of filters has two dimensions or more"
+    def only(self, indices: Sequence[int]) -> "Rows":
+        """Some of the rows."""
+        return (
+            self
+            if len(indices) == len(self.tensors)
+            else Rows(*([part[i] for i in indices] for part in self))
         )
 
+    def cut(self, coefficients: Tensor) -> list[Tensor]:
+        """The coefficients of each row, views of the flat tensor."""
+        return [coefficients[o : o + w.shape[dim]] for w, dim, o in zip(*self)]
 
-def by_device_and_dtype(items: Iterable[T], weight: Callable[[T], Tensor]) -> list[list[T]]:
-    """The items, grouped by their weight's device and dtype: what can go through an operation in one call."""
+    def charges(self, magnitude: Tensor, sign: Tensor, norm: Tensor | None) -> list[Charges]:
+        """Statistics that lie row behind row as one `Charges` a row."""
+        found, start = [], 0
+        for weight, dim in zip(self.tensors, self.dims):
+            filters = weight.shape[dim]
+            own = slice(start, start + filters)
+            size = weight.numel() // filters if filters else 0
+            found.append(Charges(magnitude[own], sign[own], size, None if norm is None else norm[own]))
+            start += filters
+        return found
+
+
+def by_device_and_dtype(items: Iterable[T], tensor: Callable[[T], Tensor]) -> list[list[T]]:
+    """The items, grouped by their tensor's device and dtype: what can go through an operation in one call."""
     groups: dict[tuple, list[T]] = {}
     for item in items:
-        groups.setdefault((weight(item).device, weight(item).dtype), []).append(item)
+        groups.setdefault((tensor(item).device, tensor(item).dtype), []).append(item)
     return list(groups.values())

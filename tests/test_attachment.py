@@ -329,6 +329,72 @@ def test_a_model_may_change_its_dtype_under_the_same_optimizer(net, refresh):
         torch.testing.assert_close(net[0].weight.double(), expected, **tolerance)
 
 
+def test_a_layer_that_lost_filters_is_charged_anew(net):
+    """Other layers keep their own coefficients."""
+    force = efreg.attach(net, ALPHA)
+    backward(net, batch())
+    torch.optim.SGD(net.parameters(), lr=0.1).step()
+    other = force.charges()["2"].coefficient
+    net[0].weight = nn.Parameter(net[0].weight.detach()[:4].clone())
+    for layer in (net[0], net[2]):
+        layer.weight.grad = torch.zeros_like(layer.weight)
+    expected = torch.from_numpy(
+        oracle.coefficients(oracle.magnitudes(net[0].weight), oracle.signs(net[0].weight), ALPHA).astype(
+            "float64"
+        )
+    )
+    torch.optim.SGD(net.parameters(), lr=0.0).step()
+    torch.testing.assert_close(force.charges()["0"].coefficient, expected)
+    torch.testing.assert_close(net[2].weight.grad, other.view(-1, 1, 1, 1) * net[2].weight.detach().sign())
+
+
+def test_a_module_that_was_replaced_is_dropped(net):
+    force = efreg.attach(net, ALPHA)
+    net[0] = nn.Conv2d(1, 6, 3).double()
+    assert list(force.charges()) == ["2"]
+    force.load_state_dict(force.state_dict())
+
+
+def test_a_weight_that_is_parametrised_later_is_named(net):
+    efreg.attach(net, ALPHA)
+    nn.utils.parametrizations.weight_norm(net[2])
+    with pytest.raises(ValueError, match="2.weight is parametrised"):
+        torch.optim.SGD(net.parameters(), lr=0.1).step()
+
+
+class Careless(efreg.Law):
+    """A law that is not finite for some filters."""
+
+    def coefficients(self, charges):
+        return charges.magnitude / (charges.magnitude > 6)
+
+
+def test_a_law_that_is_not_finite_somewhere_leaves_those_filters_alone(net, name):
+    with torch.no_grad():
+        net[0].weight.copy_(
+            torch.linspace(0.1, 1, 6, dtype=torch.float64).view(-1, 1, 1, 1).expand(6, 1, 3, 3)
+        )
+        net[0].weight[4, 0, 0, 0] = math.nan
+    efreg.attach(net, law=Careless(1.0), layers="0", backend=name)
+    net[0].weight.grad = torch.zeros_like(net[0].weight)
+    torch.optim.SGD(net.parameters(), lr=0.0).step()
+    expected = torch.zeros(6, dtype=torch.float64)
+    expected[5] = 9.0
+    torch.testing.assert_close(net[0].weight.grad.amax((1, 2, 3)), expected)
+
+
+class Misshapen(efreg.Law):
+    def coefficients(self, charges):
+        return charges.magnitude.sum()
+
+
+def test_a_law_of_the_wrong_shape_is_named(net):
+    efreg.attach(net, law=Misshapen(1.0))
+    backward(net, batch())
+    with pytest.raises(ValueError, match=r"Misshapen.coefficients gave \(\) for 6 filters"):
+        torch.optim.SGD(net.parameters(), lr=0.1).step()
+
+
 def test_weights_replaced_in_place_are_seen(net):
     """`weight.data = ...` moves the storage while the parameter stays the same object."""
     efreg.attach(net, 1.0, law="l1")
@@ -373,8 +439,8 @@ def test_weights_that_no_optimizer_steps_are_reported_once(net, caplog):
     efreg.attach(net, ALPHA)
     optimizer = torch.optim.SGD(net[0].parameters(), lr=0.1)
     with caplog.at_level(logging.WARNING, "efreg"):
-        for _ in range(4):
-            backward(net, batch())
+        for _ in range(50):
+            net[0].weight.grad = torch.zeros_like(net[0].weight)
             optimizer.step()
     assert [r.getMessage().endswith(": 2") for r in caplog.records] == [True]
 
@@ -383,8 +449,7 @@ def test_two_optimizers_of_one_model_are_no_reason_to_report(net, caplog):
     efreg.attach(net, ALPHA)
     optimizers = [torch.optim.SGD(net[i].parameters(), lr=0.1) for i in (0, 2)]
     with caplog.at_level(logging.WARNING, "efreg"):
-        for _ in range(3):
-            backward(net, batch())
+        for _ in range(30):
             for optimizer in optimizers:
                 optimizer.step()
     assert not caplog.records
@@ -476,6 +541,8 @@ def refusals():
         (TypeError, "3 is neither", plain, {"alpha": 1.0, "layers": [3]}),
         (ValueError, "no module of", plain, {"alpha": 1.0, "layers": [nn.Conv2d(1, 1, 1)]}),
         (ValueError, "no ungrouped convolution", nn.Linear(3, 3), {"alpha": 1.0}),
+        (ValueError, "plan or list is empty", plain, {"alpha": 1.0, "layers": []}),
+        (TypeError, "model is a str", "resnet20", {"alpha": 1.0}),
         (ValueError, "refresh is 0", plain, {"alpha": 1.0, "refresh": 0}),
         (ValueError, "unknown update 'prox'", plain, {"alpha": 1.0, "update": "prox"}),
         (ValueError, "unknown backend 'fortran'", plain, {"alpha": 1.0, "backend": "fortran"}),

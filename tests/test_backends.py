@@ -12,6 +12,7 @@ from torch import nn
 
 import efreg
 from efreg import backends, native
+from efreg.table import Rows
 
 CPU = torch.device("cpu")
 
@@ -114,7 +115,7 @@ def test_autograd_sees_that_weights_changed():
     w = torch.ones(2, 3, requires_grad=True)
     loss = w.square().sum()
     with torch.no_grad():
-        rows = backends.Rows([w], [0], [0])
+        rows = Rows.of([w], [0])
         backends.select("cpp", CPU).shrink(rows, torch.ones(2), scales=[0.1], radial=False)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()

@@ -121,9 +121,17 @@ def test_layers_of_one_filter_or_none(filters):
     assert coefficients([1.0] * filters, [1.0] * filters).tolist() == [0.0] * filters
 
 
+def test_coefficients_reach_as_far_as_the_numbers():
+    """αk/r · m_src/r is formed without an intermediate that overflows before the result does."""
+    m = torch.tensor([1e-38, 0.9e-38], dtype=torch.float32)
+    found = efreg.Charges(m, torch.ones(2), size=9)
+    c = efreg.Electrostatic(1e-12, k_e=1.0).coefficients(found)[1].item()
+    assert c == pytest.approx(1e-12 * 1e-38 / (m[0].item() - m[1].item()) ** 2, rel=1e-4)
+
+
 def test_l1_is_alpha_for_every_finite_filter():
     law, found = efreg.L1(0.01), charges([2.0, math.nan, 0.0], [1.0, 0.0, 0.0])
-    c = law.coefficients(found)
+    c = law.of(found)
     assert c.tolist() == [0.01, 0.0, 0.01]
     assert law.energy(found, c).item() == pytest.approx(0.02)
 

@@ -1,6 +1,8 @@
 """Training loops in the wild: closures, nested steps, accumulation, scalers, schedulers, exceptions."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -65,6 +67,94 @@ def test_nested_steps_pull_once(net, kind, update):
         torch.testing.assert_close(net[0].weight.detach(), expected)
 
 
+class Around(torch.optim.Optimizer):
+    """An optimizer of its own dummy parameter, which steps another inside."""
+
+    def __init__(self, inner):
+        super().__init__([nn.Parameter(torch.zeros(1))], {"lr": 1.0})
+        self.inner = inner
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+@pytest.mark.parametrize("update", ["gradient", "proximal"])
+def test_a_step_nested_in_a_strangers_step_is_served(net, update):
+    efreg.attach(net, 1.0, law="l1", update=update)
+    optimizer = Around(torch.optim.SGD(net.parameters(), lr=LR))
+    before = net[0].weight.detach().clone()
+    zero_gradient(net)
+    optimizer.step()
+    expected = (
+        pulled_once(before) if update == "gradient" else before.sign() * (before.abs() - LR).clamp_min(0)
+    )
+    torch.testing.assert_close(net[0].weight.detach(), expected)
+
+
+def test_a_nested_step_serves_the_layers_that_are_left():
+    """The outer optimizer has layer 0; the inner one has both: each is pulled once."""
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 2, 3))
+    efreg.attach(net, 1.0, law="l1")
+    outer = Around(torch.optim.SGD(net.parameters(), lr=LR))
+    outer.add_param_group({"params": list(net[0].parameters())})
+    before = [layer.weight.detach().clone() for layer in net]
+    for layer in net:
+        layer.weight.grad = torch.zeros_like(layer.weight)
+    outer.step()
+    for layer, w in zip(net, before, strict=True):
+        torch.testing.assert_close(layer.weight.detach(), pulled_once(w))
+
+
+def test_two_optimizers_of_the_same_weights_share_the_coefficients():
+    """Whoever steps next uses what was taken last."""
+    net = nn.Sequential(nn.Conv2d(1, 8, 3))
+    force = efreg.attach(net, 1e-12, refresh=3)
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.0) for _ in range(2)]
+    for step in range(8):
+        with torch.no_grad():
+            net[0].weight.normal_()
+        zero_gradient(net)
+        optimizers[step % 2].step()
+        c = force.charges()["0"].coefficient.view(-1, 1, 1, 1)
+        torch.testing.assert_close(net[0].weight.grad, c * net[0].weight.detach().sign())
+
+
+def test_what_is_no_closure_is_handed_on(net):
+    class Scaled(torch.optim.SGD):
+        def step(self, factor):
+            assert factor == 0.5
+
+    efreg.attach(net, 1.0, law="l1")
+    zero_gradient(net)
+    Scaled(net.parameters(), lr=LR).step(0.5)
+    torch.testing.assert_close(net[0].weight.grad, net[0].weight.detach().sign())
+
+
+def test_a_step_that_raised_keeps_no_model_alive():
+    def train():
+        net = nn.Sequential(nn.Conv2d(1, 4, 3))
+        efreg.attach(net, 1.0, law="l1")
+        zero_gradient(net)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            Failing(net.parameters(), lr=LR).step()
+        return weakref.ref(net)
+
+    net = train()
+    gc.collect()
+    assert net() is None
+
+
+def test_a_proximal_step_needs_a_learning_rate(net):
+    class Rateless(torch.optim.Optimizer):
+        def step(self, closure=None):
+            raise AssertionError("the weights must not be stepped")
+
+    efreg.attach(net, 1.0, law="l1", update="proximal")
+    zero_gradient(net)
+    with pytest.raises(ValueError, match="Rateless has no learning rate"):
+        Rateless(net.parameters(), {}).step()
+
+
 def test_a_step_that_raises_does_not_end_the_force(net):
     efreg.attach(net, 1.0, law="l1")
     failing, optimizer = Failing(net.parameters(), lr=LR), torch.optim.SGD(net.parameters(), lr=LR)
@@ -76,7 +166,7 @@ def test_a_step_that_raises_does_not_end_the_force(net):
         zero_gradient(net)
         optimizer.step()
         torch.testing.assert_close(net[0].weight.detach(), pulled_once(before))
-    assert not stepping._running.frames
+    assert not stepping._running.steps
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, Renamed, Outer])

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import efreg
-from efreg.backends import Rows, charges_of
 from efreg.reference import accumulator
+from efreg.table import Rows
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SHAPES = [
@@ -27,14 +27,12 @@ SHAPES = [
 
 
 def rows_of(*weights, dims=None):
-    dims = dims or [0] * len(weights)
-    filters = [w.shape[d] for w, d in zip(weights, dims, strict=True)]
-    return Rows(list(weights), dims, [sum(filters[:i]) for i in range(len(weights))])
+    return Rows.of(weights, dims or [0] * len(weights))
 
 
 def measured(backend, *weights, dims=None, sign="count", norm=False):
     rows = rows_of(*weights, dims=dims)
-    return charges_of(rows, *backend.measure(rows, sign=sign, norm=norm))
+    return rows.charges(*backend.measure(rows, sign=sign, norm=norm))
 
 
 def eps(dtype):
@@ -304,7 +302,9 @@ def test_the_source_is_the_first_of_tied_filters(backend, dtype):
     coefficients = torch.empty(3, dtype=accumulator(dtype))
     law = efreg.Electrostatic(1.0, k_e=1.0)
     backend.force([torch.zeros_like(weight)], rows_of(weight), coefficients, law, scale=1.0)
-    torch.testing.assert_close(coefficients, torch.tensor([0.0, 4 / 2.5**2, 1 / 16], dtype=coefficients.dtype))
+    torch.testing.assert_close(
+        coefficients, torch.tensor([0.0, 4 / 2.5**2, 1 / 16], dtype=coefficients.dtype)
+    )
 
 
 def test_a_layer_of_nan_alone_has_no_force(backend):

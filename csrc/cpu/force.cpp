@@ -66,7 +66,7 @@ Row make_row(const at::Tensor& target, const at::Tensor& weight, int64_t dim, in
   TORCH_CHECK(weight.device().is_cpu() && target.device().is_cpu(), "efreg: expected CPU tensors");
   TORCH_CHECK(
       target.scalar_type() == weight.scalar_type(), "efreg: gradient is ", target.scalar_type(),
-      ", weight is ", weight.scalar_type(), "; they must agree");
+      ", weight is ", weight.scalar_type(), "; they must agree, or backend='reference' serves them");
   TORCH_CHECK(
       target.sizes() == weight.sizes(), "efreg: gradient ", target.sizes(), " and weight ", weight.sizes(),
       " differ in shape");
@@ -211,7 +211,8 @@ void pull_filter(const Row& row, int64_t n, acc_of<scalar_t> c, bool radial) {
   if (c == 0) return;
   if (!radial) return update_filter<scalar_t>(row, n, [c](acc_t g, acc_t w) { return g + c * sgn(w); });
   const auto norm = norm_of(filter<scalar_t>(row.weight, n, row.size), row.size);
-  if (norm > 0) update_filter<scalar_t>(row, n, [f = c / norm](acc_t g, acc_t w) { return g + f * w; });
+  if (norm > 0 && std::isfinite(norm))
+    update_filter<scalar_t>(row, n, [f = c / norm](acc_t g, acc_t w) { return g + f * w; });
 }
 
 template <typename scalar_t>
@@ -220,7 +221,7 @@ void shrink_filter(const Row& row, int64_t n, acc_of<scalar_t> c, bool radial) {
   auto* w = filter<scalar_t>(row.target, n, row.size);
   if (c == 0) return;
   const auto norm = radial ? norm_of(w, row.size) : acc_t(0);
-  const auto kept = norm > 0 ? std::max(1 - c / norm, acc_t(0)) : acc_t(1);
+  const auto kept = norm > 0 && std::isfinite(norm) ? std::max(1 - c / norm, acc_t(0)) : acc_t(1);
   for (int64_t i = 0; i < row.size; ++i) {
     const auto x = static_cast<acc_t>(w[i]);
     w[i] = static_cast<scalar_t>(radial ? x * kept : sgn(x) * std::max(std::abs(x) - c, acc_t(0)));

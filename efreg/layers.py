@@ -1,0 +1,131 @@
+"""The layers that a force acts on: found by names, patterns, modules or plans, or refused."""
+
+import fnmatch
+import weakref
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from efreg.planning import Plan
+from efreg.resizing import CONVOLUTIONS
+from efreg.wrapping import unwrap
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+SUPPORTED = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
+
+
+class Layer:
+    """A module whose weight's filters are charges. It is held weakly and its weight looked up at each use.
+
+    name: as in `model.named_modules()`; dim: along which the filters lie.
+    coefficient: [N], in force since the charges were last taken, None before that.
+    steps: how many optimizer steps it has served since then.
+    """
+
+    def __init__(self, name: str, module: nn.Module):
+        self.name = name
+        self.dim = 1 if isinstance(module, TRANSPOSED) else 0
+        self.coefficient: Tensor | None = None
+        self.steps = 0
+        self._module = weakref.ref(module)
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module, None once it is gone."""
+        return self._module()
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self._module()._parameters["weight"]
+
+    @property
+    def members(self) -> list[tuple[nn.Parameter, int]]:
+        """All that is pulled with the layer's coefficients, with the dim along which the filters lie."""
+        return [(self.weight, self.dim)]
+
+    @property
+    def filters(self) -> int:
+        return self.weight.shape[self.dim]
+
+
+def find_layers(model: nn.Module, layers=None) -> list[Layer]:
+    """The layers meant by `layers`: None (every ungrouped convolution), a plan, names, patterns or modules.
+
+    Raises ValueError for one that matches nothing, cannot be served, or for a plan of another model.
+    """
+    model = unwrap(model)
+    if layers is None:
+        names = [n for n, m in model.named_modules() if isinstance(m, CONVOLUTIONS) and m.groups == 1]
+    elif isinstance(layers, Plan):
+        layers.check(model)
+        names = list(layers)
+    else:
+        chosen = [layers] if isinstance(layers, (str, nn.Module)) else layers
+        names = list(dict.fromkeys(name for choice in chosen for name in _matches(model, choice)))
+    if not names:
+        missing = (
+            "has no ungrouped convolution" if layers is None else "gets no layer: the plan or list is empty"
+        )
+        raise ValueError(f"{type(model).__name__} {missing}; name some in `layers`")
+    modules = dict(model.named_modules())
+    for name in names:
+        check_module(modules[name], name)
+    found: dict[int, Layer] = {}
+    for name in names:
+        found.setdefault(id(modules[name].weight), Layer(name, modules[name]))
+    return list(found.values())
+
+
+def _matches(model: nn.Module, choice: str | nn.Module) -> list[str]:
+    if isinstance(choice, nn.Module):
+        names = [name for name, module in model.named_modules() if module is choice]
+        if not names:
+            raise ValueError(f"layers: {type(choice).__name__} is no module of {type(model).__name__}")
+        return names
+    if not isinstance(choice, str):
+        raise TypeError(f"layers: {choice!r} is neither a name, nor a pattern, nor a module, nor a plan")
+    modules = dict(model.named_modules())
+    if choice in modules:
+        return [choice]
+    names = [n for n, m in modules.items() if isinstance(m, SUPPORTED) and fnmatch.fnmatchcase(n, choice)]
+    if not names:
+        raise ValueError(
+            f"layers: {choice!r} matches no convolution or linear layer of {type(model).__name__}; "
+            "names are those of model.named_modules()"
+        )
+    return names
+
+
+def check_module(module: nn.Module, name: str) -> None:
+    """Raises ValueError for a layer that no force can act on, naming it and the remedy."""
+    if not isinstance(module, SUPPORTED):
+        raise ValueError(
+            f"{name} is a {type(module).__name__}: only convolutions and linear layers have filters"
+        )
+    if isinstance(module, TRANSPOSED) and module.groups > 1:
+        raise ValueError(f"{name} is a grouped transposed convolution: its filters cannot be told apart")
+    if parametrize.is_parametrized(module, "weight") or "weight" not in module._parameters:
+        raise ValueError(
+            f"{name}.weight is parametrised (weight_norm, spectral_norm, quantisation ...): a pull on it "
+            "would be lost; remove it first (torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    check_weight(module.weight, f"{name}.weight")
+
+
+def check_weight(weight: Tensor, name: str) -> None:
+    """Raises ValueError for a weight that no operation can serve, naming it and the remedy."""
+    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+        raise ValueError(f"{name} is lazy: run the model once on a batch before")
+    if type(weight) not in (nn.Parameter, Tensor):
+        raise ValueError(f"{name} is a {type(weight).__name__}: only plain tensors are supported")
+    if weight.is_meta:
+        raise ValueError(
+            f"{name} is on the meta device and has no numbers: move the model to a device before"
+        )
+    if not weight.is_floating_point() or torch.finfo(weight.dtype).bits < 16:
+        raise ValueError(f"{name} is {weight.dtype}: use float16, bfloat16, float32 or float64")
+    if weight.ndim < 2:
+        raise ValueError(
+            f"{name} has shape {tuple(weight.shape)}: a weight of filters has two dimensions or more"
+        )
