@@ -3,21 +3,21 @@
 import argparse
 import importlib.util
 import logging
+import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 import efreg
-from efreg.laws import LAWS
 
 LAB = ("torchvision", "sklearn", "matplotlib", "rich", "tensorboard")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command. Returns 0, 2 for bad input (one line on stderr), or 130 after Ctrl-C."""
+    """Runs one command. Returns 0, 2 for bad input (one line on stderr), 130 after Ctrl-C; exits on usage."""
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("efreg").setLevel(logging.INFO if arguments.verbose else logging.WARNING)
+    if arguments.verbose:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
     if arguments.run is not _env and (
         missing := [name for name in LAB if not importlib.util.find_spec(name)]
     ):
@@ -39,9 +39,17 @@ def _fail(message: str) -> int:
 
 
 def _interrupted(arguments: argparse.Namespace) -> int:
-    going_on = f"; go on with: efreg train --resume --out {arguments.out}" if arguments.run is _train else ""
-    print(f"efreg: interrupted{going_on}", file=sys.stderr)
+    remedy = f"; {_how_to_go_on(arguments.out)}" if arguments.run is _train else ""
+    print(f"efreg: interrupted{remedy}", file=sys.stderr)
     return 130
+
+
+def _how_to_go_on(out: Path) -> str:
+    from efreg.lab.training import CHECKPOINT
+
+    if not (out / CHECKPOINT).is_file():
+        return "no epoch was done: start again"
+    return f"go on with: efreg train --resume --out {shlex.quote(str(out))}"
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -108,8 +116,15 @@ def _env(arguments: argparse.Namespace) -> None:
     print(describe())
 
 
+class _Parser(argparse.ArgumentParser):
+    """Wrong usage gets one line, as all bad input does."""
+
+    def error(self, message: str):
+        self.exit(_fail(f"{message}; see {self.prog} --help"))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="efreg", description="Train networks so that their filters can be removed, and remove them."
     )
     parser.add_argument("--version", action="version", version=f"efreg {efreg.__version__}")
@@ -170,7 +185,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     add("--download", action="store_true", help="fetch the data set into --data where it is missing")
     add("--model", help="resnet14/20/32/44/56, vgg19, or a torchvision name (resnet20)")
     add("--weights", metavar="FILE", help="weights to start from: safetensors or a state dict")
-    add("--law", help=f"{' or '.join(LAWS)} (electrostatic)")
+    add("--law", help="electrostatic or l1 (electrostatic)")
     add("--alpha", type=float, help="strength of the force; 0 trains without (0)")
     add("--refresh", type=int, metavar="K", help="take the charges every K steps (once)")
     add("--update", help="gradient or proximal (gradient)")

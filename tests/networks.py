@@ -2,15 +2,8 @@
 
 import copy
 
-import pytest
 import torch
 from torch import nn
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For modules that import it: networks so small are slower on two threads, far slower on busy cores."""
-    torch.set_num_threads(1)
 
 
 def lively(model):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from networks import one_thread  # noqa: F401
 from torch import nn
 
 import efreg

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from networks import one_thread, smallest  # noqa: F401
+from networks import smallest
 from torch import nn
 
 import efreg

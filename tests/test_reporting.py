@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from networks import assert_same, one_thread, snapshot  # noqa: F401
+from networks import assert_same, snapshot
 from torch import nn
 
 import efreg

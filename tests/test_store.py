@@ -5,7 +5,7 @@ import os
 import pytest
 import safetensors.torch
 import torch
-from networks import assert_same, lively, one_thread, snapshot  # noqa: F401
+from networks import assert_same, lively, snapshot
 from torch import nn
 
 import efreg

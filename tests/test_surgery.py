@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torchvision
-from networks import assert_same, lively, one_thread, snapshot, zeroed  # noqa: F401
+from networks import assert_same, lively, snapshot, zeroed
 from torch import nn
 
 import efreg

@@ -77,12 +77,18 @@ def load(
     Nothing is fetched unless `download`. Batches lie on `device`.
     Raises ValueError for an unknown name or damaged files, FileNotFoundError where files are missing.
     """
+    holds = info(name, root)
+    if name == "imagefolder":
+        return Data(holds, *_load_folders(Path(root), device))
+    parts = _load_digits() if name == "digits" else _load_torchvision(name, Path(root), download)
+    return Data(holds, *(InMemory(holds, *part, device) for part in parts))
+
+
+def info(name: str, root: str | Path = "data") -> Info:
+    """What the data set `name` holds, before anything is read or fetched. Raises as `load` does."""
     if name not in NAMES:
         raise ValueError(f"unknown data set {name!r}: there are {', '.join(NAMES)}")
-    if name == "imagefolder":
-        return _load_folders(Path(root), device)
-    parts = _load_digits() if name == "digits" else _load_torchvision(name, Path(root), download)
-    return Data(INFOS[name], *(InMemory(INFOS[name], *part, device) for part in parts))
+    return INFOS[name] if name in INFOS else _info_of_folders(Path(root))
 
 
 def seed_of(*numbers: int) -> int:
@@ -149,6 +155,10 @@ def _load_digits() -> list[Batch]:
     return [(images[part], labels[part]) for part in (train, test)]
 
 
+DAMAGE = (RuntimeError, ValueError, TypeError, AssertionError, EOFError, KeyError, pickle.UnpicklingError)
+"""What torchvision raises on files that are not what they should be."""
+
+
 def _load_torchvision(name: str, root: Path, download: bool) -> list[Batch]:
     from torchvision import datasets
 
@@ -157,7 +167,7 @@ def _load_torchvision(name: str, root: Path, download: bool) -> list[Batch]:
         _require_files(name, root, _files(kind))
     try:
         parts = [kind(root, train=train, download=download) for train in (True, False)]
-    except (RuntimeError, ValueError, AssertionError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except DAMAGE as error:
         raise ValueError(
             f"{name} in {root} is damaged ({error}): remove it and add --download, or copy it again"
         ) from error
@@ -176,7 +186,8 @@ def _require_files(name: str, root: Path, files: list[str]) -> None:
     missing = [file for file in files if not (root / file).is_file()]
     if missing == files:
         raise FileNotFoundError(
-            f"no {name} in {root} (looked for {files[0]}): name its folder with --data, or add --download"
+            f"no {name} in {root} (looked for {files[0]}): name its folder with --data, "
+            "or fetch it with `efreg train --download`"
         )
     if missing:
         raise FileNotFoundError(
@@ -199,7 +210,8 @@ class Folder:
     def __init__(self, path: Path, train_transform, test_transform, device: torch.device | str = "cpu"):
         from torchvision.datasets import ImageFolder
 
-        self.train, self.test = ImageFolder(path, train_transform), ImageFolder(path, test_transform)
+        self.train = ImageFolder(path, train_transform, loader=_read_image)
+        self.test = ImageFolder(path, test_transform, loader=_read_image)
         self.classes, self.device = self.test.classes, torch.device(device)
 
     def __len__(self) -> int:
@@ -222,8 +234,13 @@ class Folder:
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),
         )
-        for batch, labels in loader:
-            yield batch.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        try:
+            for batch, labels in loader:
+                yield batch.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        except OSError as error:
+            # A worker puts its traceback in front of the message; ours would keep the workers from ending.
+            reason = str(error).rpartition("OSError: ")[2].strip()
+            raise ValueError(reason) from error.with_traceback(None)
 
 
 class _Seeded(torch.utils.data.Dataset):
@@ -237,25 +254,44 @@ class _Seeded(torch.utils.data.Dataset):
         return self.images[index]
 
 
-def _load_folders(root: Path, device: torch.device | str) -> Data:
+def _read_image(path: str):
+    from torchvision.datasets.folder import default_loader
+
+    try:
+        return default_loader(path)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise OSError(f"{path} is damaged ({type(error).__name__}): replace it or take it out") from error
+
+
+def _info_of_folders(root: Path) -> Info:
+    train, val = (_classes(root / part) for part in ("train", "val"))
+    if train != val:
+        raise ValueError(
+            f"{root / 'train'} and {root / 'val'} hold different classes: give both the same folders"
+        )
+    return Info(len(train), (3, 224, 224), IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _classes(path: Path) -> set[str]:
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"no folder {path}: --data names a folder with train/ and val/, one folder a class"
+        )
+    if not (classes := {entry.name for entry in path.iterdir() if entry.is_dir()}):
+        raise FileNotFoundError(f"no images in {path}: it needs one folder a class")
+    return classes
+
+
+def _load_folders(root: Path, device: torch.device | str) -> list[Folder]:
     from torchvision.transforms import v2
 
     finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
     train = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), *finish])
     test = v2.Compose([v2.Resize(256), v2.CenterCrop(224), *finish])
-    parts = [_open_folder(root / part, train, test, device) for part in ("train", "val")]
-    if parts[0].classes != parts[1].classes:
-        raise ValueError(
-            f"{root / 'train'} and {root / 'val'} hold different classes: give both the same folders"
-        )
-    return Data(Info(len(parts[0].classes), (3, 224, 224), IMAGENET_MEAN, IMAGENET_STD), *parts)
+    return [_open_folder(root / part, train, test, device) for part in ("train", "val")]
 
 
 def _open_folder(path: Path, train, test, device: torch.device | str) -> Folder:
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"no folder {path}: --data names a folder with train/ and val/, one folder a class"
-        )
     try:
         return Folder(path, train, test, device)
     except FileNotFoundError as error:

@@ -33,6 +33,9 @@ class Force:
     options: Mapping[str, Any] | None = field(default_factory=dict)
 
 
+FIGURES = {"accuracy": "right after pruning", "recalibrated": "batch-norm statistics re-estimated"}
+"""What is compared of a cut, and how it is called."""
+
 NO_FORCE, L1 = "no force", "L1"
 FORCES = (
     Force(NO_FORCE, None),
@@ -46,12 +49,13 @@ keep less. Proximal steps take the charges once."""
 
 
 def run(out: str | Path, *, seed: int = 0, epochs: int = 60, console: Console) -> dict[str, list[Cut]]:
-    """Trains, prunes at every ratio, prints the table and writes it, the picture and the networks to `out`."""
+    """Trains, prunes at every ratio, prints the table, and writes it, a picture and the networks to `out`."""
     out = Path(out)
+    settings = Settings(model="resnet14", lr=0.05, batch_size=64, epochs=epochs, seed=seed)
+    engine.check(settings)
     (out / "models").mkdir(parents=True, exist_ok=True)
     torch.set_flush_denormal(True)
     images = data.load("digits")
-    settings = Settings(model="resnet14", lr=0.05, batch_size=64, epochs=epochs, seed=seed)
     with progress(console) as bar:
         start = _start(settings, images, bar)
         networks = {force.name: _train_on(start, force, settings, images, bar) for force in FORCES}
@@ -70,7 +74,7 @@ def run(out: str | Path, *, seed: int = 0, epochs: int = 60, console: Console) -
 
 
 def findings(sweeps: Mapping[str, Sequence[Cut]], test_images: int) -> list[str]:
-    """What the table says: the best force at 50 %, and for each force the ratios at which L1 does better."""
+    """What the table says: the best force at 50 %, and for each the ratios at which L1 does better."""
     at_half = {name: cuts[RATIOS.index(0.5)].accuracy for name, cuts in sweeps.items()}
     best = max(at_half, key=at_half.__getitem__)
     others = ", ".join(f"{at_half[name]:.1f} % with {name}" for name in (L1, NO_FORCE) if name != best)
@@ -78,11 +82,16 @@ def findings(sweeps: Mapping[str, Sequence[Cut]], test_images: int) -> list[str]
         f"Half of the filters gone: {at_half[best]:.1f} % with {best}, {others}. "
         f"One seed, {test_images} test images."
     ]
-    for name, cuts in sweeps.items():
-        lost = [f"{a.ratio:.0%}" for a, b in zip(cuts, sweeps[L1]) if b.accuracy > a.accuracy]
-        if lost and name not in (L1, NO_FORCE):
-            sentences.append(f"L1 does better than {name} at {', '.join(lost)}.")
+    for name in [name for name in sweeps if name not in (L1, NO_FORCE)]:
+        for figure, when in FIGURES.items():
+            if lost := _lost(sweeps[name], sweeps[L1], figure):
+                sentences.append(f"L1 does better than {name} at {', '.join(lost)}, {when}.")
     return sentences
+
+
+def _lost(cuts: Sequence[Cut], others: Sequence[Cut], figure: str) -> list[str]:
+    """The ratios at which the others are better."""
+    return [f"{100 * a.ratio:.0f} %" for a, b in zip(cuts, others) if getattr(b, figure) > getattr(a, figure)]
 
 
 def _start(settings: Settings, images: data.Data, bar) -> nn.Module:
@@ -172,10 +181,7 @@ def _draw(path: Path, sweeps: Mapping[str, Sequence[Cut]], epochs: int) -> None:
     figures.draw_panels(
         path,
         RATIOS,
-        {
-            "right after pruning": curves("accuracy"),
-            "batch-norm statistics re-estimated": curves("recalibrated"),
-        },
+        {heading: curves(figure) for figure, heading in FIGURES.items()},
         "What is left when filters are removed, without training again",
-        f"ResNet-14, scikit-learn's digits: a trained network, then {epochs} epochs with each force, then cut",
+        f"ResNet-14 on scikit-learn's digits: trained, then {epochs} epochs with each force, then cut",
     )

@@ -47,18 +47,15 @@ class Run:
     """
 
     def __init__(self, settings: Settings, checkpoint: Checkpoint | None = None, *, download: bool = False):
-        _check(settings)
-        torch.set_flush_denormal(
-            True
-        )  # weights driven to zero make denormals in the momentum: 10x slower steps
+        if not checkpoint:
+            check(settings)
+        torch.set_flush_denormal(True)  # weights near zero make denormals in the momentum: steps 10x slower
         self.settings, self.device = settings, _device(settings.device)
-        self.data = data.load(settings.dataset, settings.data, download=download, device=self.device)
         self.history: list[Row] = list(checkpoint.history) if checkpoint else []
+        info = data.info(settings.dataset, settings.data)
         weights = _first_weights(settings, checkpoint)
-        self.model = build(settings, self.data.info.num_classes, self.data.info.shape, weights).to(
-            self.device
-        )
-        self.plan = plan(self.model, settings, _example(self.data.info.shape).to(self.device))
+        self.model = build(settings, info.num_classes, info.shape, weights).to(self.device)
+        self.plan = plan(self.model, settings, _example(info.shape).to(self.device))
         self.force = efreg.attach(
             self.model,
             settings.alpha,
@@ -69,6 +66,7 @@ class Run:
             backend=settings.backend,
         )
         self.optimizer = sgd(self.model, settings)
+        self.data = data.load(settings.dataset, settings.data, download=download, device=self.device)
         if checkpoint and checkpoint.epoch:
             self.optimizer.load_state_dict(checkpoint.optimizer)
             self.force.load_state_dict(checkpoint.force)
@@ -220,7 +218,8 @@ class _Tally:
         return float(self.loss) / self.count, 100 * float(self.hits) / self.count
 
 
-def _check(settings: Settings) -> None:
+def check(settings: Settings) -> None:
+    """Raises ValueError or FileNotFoundError, naming it, for a setting that no training can have."""
     if settings.schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {settings.schedule!r}: there are {', '.join(SCHEDULES)}")
     for name in ("epochs", "batch_size"):
@@ -256,7 +255,7 @@ def _check_input(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:
     model.eval()
     try:
         model(_example(shape))
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         size = "x".join(map(str, shape))
         raise ValueError(f"{name} cannot take images of {size} ({error}): choose another --model") from error
     model.train()
@@ -266,4 +265,9 @@ def _load_state(model: nn.Module, weights: dict[str, Tensor], settings: Settings
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"the weights do not fit {settings.model} on {settings.dataset}: {error}") from error
+        shapes = [{name: x.shape for name, x in state.items()} for state in (model.state_dict(), weights)]
+        names = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
+        raise ValueError(
+            f"the weights do not fit {settings.model} on {settings.dataset}: {', '.join(names[:3])} "
+            f"({len(names)} such tensors); name the --model and --dataset that they are of"
+        ) from error

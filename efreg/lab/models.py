@@ -118,6 +118,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 """The lab's own networks. `vgg19` is this one, not torchvision's."""
 
+OPTIONS = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
+"""For torchvision: logits alone, also in training."""
+
 
 def build(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
     """The network called `name` with random weights: one of the lab's, else torchvision's classifier.
@@ -133,7 +136,7 @@ def build(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
         raise ValueError(_unknown(name, known))
     if in_channels != 3:
         raise ValueError(f"torchvision's {name} takes 3 channels, not {in_channels}: use {', '.join(MODELS)}")
-    return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **OPTIONS.get(name, {}))
 
 
 def _unknown(name: str, torchvision_names: list[str]) -> str:

@@ -95,6 +95,11 @@ def run(
     settings = trained.settings
     model = engine.restore(trained)
     images = data.load(settings.dataset, data_folder or settings.data)
+    if images.info.num_classes != trained.num_classes:
+        raise ValueError(
+            f"{checkpoint} tells {trained.num_classes} classes apart, {data_folder or settings.data} holds "
+            f"{images.info.num_classes}: name the folder that it was trained on with --data"
+        )
     out = Path(out or Path(checkpoint).parent)
     out.mkdir(parents=True, exist_ok=True)
     with progress(console) as bar:

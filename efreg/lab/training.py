@@ -1,5 +1,6 @@
 """Training at the console: progress bars, logs, and a checkpoint an epoch to go on from."""
 
+from contextlib import closing
 from pathlib import Path
 
 from rich.console import Console
@@ -28,9 +29,13 @@ def train(
     """
     out = Path(out)
     path = out / CHECKPOINT
-    checkpoint = checkpoints.load(path) if resume else None
     if path.exists() and not resume:
         raise ValueError(f"{path} is there already: go on with --resume, or choose another --out")
+    if resume and not path.exists():
+        raise FileNotFoundError(
+            f"no run in {out} to go on with: name its folder with --out, or drop --resume"
+        )
+    checkpoint = checkpoints.load(path) if resume else None
     run = engine.Run(checkpoint.settings if checkpoint else settings, checkpoint, download=download)
     out.mkdir(parents=True, exist_ok=True)
     console.print(f"{run.force}", highlight=False)
@@ -43,8 +48,7 @@ def train(
 
 def _train(run: engine.Run, out: Path, path: Path, console: Console) -> None:
     steps = engine.steps_per_epoch(run.data.train, run.settings)
-    log = Log(out, run.history)
-    with progress(console) as bar:
+    with closing(Log(out, run.history)) as log, progress(console) as bar:
         task = bar.add_task(
             "training", total=run.settings.epochs * steps, completed=run.epoch * steps, note=""
         )
@@ -55,4 +59,3 @@ def _train(run: engine.Run, out: Path, path: Path, console: Console) -> None:
                 f"loss {row['loss']:.3f}, test {row['test_accuracy']:.1f} %, {row['near_zero']:.0f} near zero"
             )
             bar.update(task, note=note)
-    log.close()
