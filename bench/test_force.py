@@ -72,8 +72,8 @@ def test_hook_fresh(side_by_side, network):
     a, b = streams(weights)
     compiled = peers.compiled(peers.plain_reference)
     functions = {
-        "cpp": hook(model, refresh=1, backend="cpp"),
         "floor of 12 bytes": lambda: torch.add(a, b, out=b),
+        "cpp": hook(model, refresh=1, backend="cpp"),
         "reference": hook(model, refresh=1, backend="reference"),
         "compiled reference": lambda: compiled(weights),
         "L1 through autograd": lambda: peers.l1_autograd(weights),
