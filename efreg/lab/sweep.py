@@ -62,9 +62,8 @@ def accuracy_table(
     step_times: of each sweep the time of a training step, relative to one without a force.
     """
     cuts = next(iter(sweeps.values()))
-    table = Table(
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="Accuracy in % without these % of the filters"
-    )
+    title = "Accuracy in % without these % of the filters"
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, title=title)
     table.add_column("right after pruning", no_wrap=True)
     table.add_column("step" if step_times else "", justify="right", no_wrap=True)
     for cut in cuts:
