@@ -315,12 +315,14 @@ def test_a_strangers_optimizer_is_not_touched(net):
     assert torch.equal(other.detach(), torch.ones(3)) and force.steps == 0
 
 
-def test_a_compiled_training_step_is_pulled_and_compiled_once(net):
-    efreg.attach(net, 1.0, law="l1")
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_a_compiled_training_step_is_pulled_and_compiled_once(net, recwarn):
+    """Dynamo does not look into the hooks: it would warn of what it cannot trace there."""
+    efreg.attach(net, 1.0, law="l1", refresh=2)
     optimizer = torch.optim.SGD(net.parameters(), lr=LR)
     compiled = []
 
-    def count(graph, example_inputs):
+    def keep(graph, example_inputs):
         compiled.append(graph)
         return graph
 
@@ -330,14 +332,12 @@ def test_a_compiled_training_step_is_pulled_and_compiled_once(net):
         optimizer.step()
 
     torch._dynamo.reset()
-    fast = torch.compile(step, backend=count)
-    counts = []
+    fast = torch.compile(step, backend=keep)
     for _ in range(5):
         before = net[0].weight.detach().clone()
         fast(torch.randn(2, 1, 5, 5))
         torch.testing.assert_close(net[0].weight.detach(), pulled_once(before))
-        counts.append(len(compiled))
-    assert counts[1:] == counts[1:2] * 4 and counts[0] > 0
+    assert compiled and not [w for w in recwarn if "Dynamo does not know" in str(w.message)]
 
 
 def test_a_compiled_model_is_pulled(net):
