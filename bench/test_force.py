@@ -44,7 +44,7 @@ def operations(kind, weights):
     return {
         f"{kind} measure": lambda: backend.measure(rows, sign="count", norm=False),
         f"{kind} pull": lambda: backend.pull(grads, rows, coefficients, scale=1.0, radial=False),
-        f"{kind} shrink": lambda: backend.shrink(rows, coefficients, scales=scales, radial=False),
+        f"{kind} shrink": lambda: backend.shrink(rows, coefficients, rates=scales, radial=False),
     }
 
 

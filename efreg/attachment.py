@@ -4,6 +4,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator
 from functools import wraps
+from operator import is_
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from efreg.backends import Backend, select
 from efreg.laws import Charges, Law, resolve
 from efreg.layers import Layer, check_module, find_layers
 from efreg.reference import accumulator
+from efreg.sending import capturing
 from efreg.table import Rows, by_device_and_dtype
 from efreg.wrapping import unwrap
 
@@ -46,7 +48,7 @@ def attach(
     layers: None (every ungrouped convolution), a plan (the layers that it prunes), or names, glob patterns
         and modules; linear layers and transposed convolutions when named.
     refresh: None takes the charges once, at the first step; k takes them anew every k optimizer steps.
-    backend: "auto", "cpp" or "reference"; EFREG_BACKEND sets what "auto" means.
+    backend: "auto", "triton", "cuda", "cpp" or "reference"; EFREG_BACKEND sets what "auto" means.
 
     The force lives as long as the model or until `detach()`; a copy of the model does not carry it. A line
     search (LBFGS with strong_wolfe) looks at the loss, which the force is not in: give it `penalty` instead.
@@ -73,73 +75,78 @@ class _Group:
         self.layers = layers
         self.owners = owners
         self.backend = backend
-        self.dtype, self.device = weights[0].dtype, weights[0].device
-        self.filters = [layer.filters for layer in layers]
+        self.device = weights[0].device
         self.measured = Rows.of(weights, [layer.dim for layer in layers])
         members = [(*m, o) for layer, o in zip(layers, self.measured.offsets) for m in layer.members]
-        self.members = Rows(*map(list, zip(*members)))
+        weights_alone = len(members) == len(layers)
+        self.members = self.measured if weights_alone else Rows(*zip(*members))
         self.coefficients = _flat_coefficients(layers)
         self.kept = self.measured.cut(self.coefficients)
+        self.due: list[int] = []
         for layer, kept in zip(layers, self.kept):
             layer.coefficient = None if layer.coefficient is None else kept
+        self._modules = [weakref.ref(layer.module) for layer in layers]
+        self._parameters = [layer.module._parameters for layer in layers]
+        self._known = self._look()
+
+    def _look(self) -> tuple[list, ...]:
+        """What is compared at every step, and cheap: a step has microseconds."""
+        weights = self.measured.tensors
+        return [w.data_ptr() for w in weights], [w.numel() for w in weights], [w.dtype for w in weights]
 
     def is_current(self) -> bool:
-        """Whether weights and coefficients are still those that the group was made of."""
-        for layer, weight, filters, kept in zip(self.layers, self.measured.tensors, self.filters, self.kept):
-            module = layer.module
-            if module is None or module._parameters.get("weight") is not weight:
-                return False
-            if weight.dtype is not self.dtype or weight.device != self.device:
-                return False
-            if weight.shape[layer.dim] != filters:
-                return False
-            if layer.coefficient is not None and layer.coefficient is not kept:
-                return False
-        return True
+        """Whether the weights are still those that the group was made of, where they were."""
+        weights = [parameters.get("weight") for parameters in self._parameters]
+        return (
+            all(map(is_, weights, self.measured.tensors))
+            and None not in [module() for module in self._modules]
+            and self._look() == self._known
+        )
 
     def count_step(self, refresh: int | None) -> None:
-        """One more optimizer step; lets charges go that are to be taken anew."""
-        for layer in self.layers:
-            if refresh and layer.steps >= refresh:
+        """One more optimizer step: finds the layers whose charges are to be taken in it."""
+        if refresh == 1:
+            self.due = range(len(self.layers))
+            return
+        for layer in self.layers if refresh else ():
+            if layer.steps >= refresh:
                 layer.coefficient = None
-            if layer.coefficient is None:
-                layer.steps = 0
-            layer.steps += 1
+            layer.steps = 1 if layer.coefficient is None else layer.steps + 1
+        self.due = [i for i, layer in enumerate(self.layers) if layer.coefficient is None]
+        if capturing(self.device) and (refresh or self.due):
+            raise RuntimeError(
+                f"refresh={refresh} counts steps, which the replays of a CUDA graph do not: "
+                "capture with refresh=1, or with refresh=None after a step that has taken the charges"
+            )
 
     def charge(self, law: Law) -> None:
-        """Takes the charges of the layers that have none."""
-        missing = [i for i, layer in enumerate(self.layers) if layer.coefficient is None]
-        if missing:
-            self.backend.charge(self.measured.only(missing), self.coefficients, law)
+        """Takes the charges that are due."""
+        if self.due:
+            self.backend.charge(self.measured.only(self.due), self.coefficients, law)
             self._keep()
 
     def pull(self, law: Law, scale: float | Tensor) -> None:
-        """Adds the force to the gradients, with charges taken now where there are none."""
+        """Adds the force to the gradients, with charges taken now where they are due."""
         grads = [member.grad for member in self.members.tensors]
-        active = [i for i, grad in enumerate(grads) if grad is not None]
-        weights_alone = len(active) == len(grads) == len(self.layers)
-        if weights_alone and all(layer.coefficient is None for layer in self.layers):
+        if len(self.due) == len(self.layers) and self.members is self.measured:
             self.backend.force(grads, self.measured, self.coefficients, law, scale=scale)
             return self._keep()
         self.charge(law)
-        if active:
-            rows, grads = self.members.only(active), [grads[i] for i in active]
-            radial = law.direction == "radial"
-            self.backend.pull(grads, rows, self.coefficients, scale=scale, radial=radial)
+        radial = law.direction == "radial"
+        self.backend.pull(grads, self.members, self.coefficients, scale=scale, radial=radial)
 
     def shrink(self, law: Law, found_inf: Tensor | None) -> None:
         """The proximal step of every member that has a gradient, each with its own learning rate."""
-        active = [i for i, member in enumerate(self.members.tensors) if member.grad is not None]
-        rows = self.members.only(active)
-        rates = [self.owners[id(member)]["lr"] for member in rows.tensors]
-        if found_inf is not None:
-            rates = [rate * (1 - found_inf) for rate in rates]
-        if active:
-            self.backend.shrink(rows, self.coefficients, scales=rates, radial=law.direction == "radial")
+        rates = [
+            0.0 if member.grad is None else self.owners[id(member)]["lr"] for member in self.members.tensors
+        ]
+        radial = law.direction == "radial"
+        self.backend.shrink(self.members, self.coefficients, rates=rates, found_inf=found_inf, radial=radial)
 
     def _keep(self) -> None:
-        for layer, kept in zip(self.layers, self.kept):
-            layer.coefficient = kept
+        for i in self.due:
+            self.layers[i].coefficient = self.kept[i]
+        self.due = []
 
 
 class Attachment:
@@ -157,7 +164,7 @@ class Attachment:
         self._backend_name = backend
         self._backends = {device: select(backend, device) for device in {la.weight.device for la in layers}}
         self._groups: weakref.WeakKeyDictionary[Optimizer, tuple] = weakref.WeakKeyDictionary()
-        self._served: set[Layer] = set()
+        self._served: list[_Group] = []
         self._claims: dict[int, list[_Group]] = {}
         self._reported: set[str] = set()
         self._patience = PATIENCE
@@ -225,6 +232,7 @@ class Attachment:
                     f"the state has {name} with {len(saved['coefficient'])} filters; this force has not"
                 )
         self.steps = state["steps"]
+        self._groups.clear()
         for name, layer in layers.items():
             saved = state["layers"].get(name, {"steps": 0, "coefficient": None})
             kept, layer.steps = saved["coefficient"], saved["steps"]
@@ -244,7 +252,7 @@ class Attachment:
         self.steps += outermost
         self._claims[step] = groups
         for group in groups:
-            self._served.update(group.layers)
+            self._served.append(group)
             group.count_step(self.refresh_every)
         if self.update == "proximal":
             self._charge(groups)
@@ -328,10 +336,15 @@ class Attachment:
         """The groups without the layers that this outermost step has served already."""
         if not self._served:
             return groups
-        left = [layer for group in groups for layer in group.layers if layer not in self._served]
+        served = {layer for group in self._served for layer in group.layers}
+        left = [layer for group in groups for layer in group.layers if layer not in served]
         return self._grouped(left, {key: owner for group in groups for key, owner in group.owners.items()})
 
     def _grouped(self, layers: list[Layer], owners: dict[int, dict]) -> list[_Group]:
+        """New groups, which hold their layers' coefficients from now on; older ones of these are dropped."""
+        for optimizer, (_, groups) in list(self._groups.items()):
+            if any(not set(group.layers).isdisjoint(layers) for group in groups):
+                del self._groups[optimizer]
         together = by_device_and_dtype(layers, lambda layer: layer.weight)
         return [_Group(group, owners, self._backend(group[0].weight.device)) for group in together]
 

@@ -10,9 +10,17 @@ from torch import Tensor
 from efreg import native, reference
 from efreg.laws import Law
 from efreg.native import BackendUnavailable
-from efreg.table import Rows
+from efreg.sending import constant, keep_if_captured
+from efreg.table import Rows, Table
 
 logger = logging.getLogger("efreg")
+
+
+Scale = float | Tensor
+"""A factor: a number, or a 0-dim tensor on the device, which nobody waits for."""
+
+Grads = list[Tensor | None]
+"""A gradient for each row, or None."""
 
 
 class Backend:
@@ -20,18 +28,27 @@ class Backend:
 
     name: str
 
+    def __init__(self, device: torch.device):
+        """Raises BackendUnavailable where it cannot be had on `device`."""
+
     def measure(self, rows: Rows, *, sign: str, norm: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Magnitudes, signs and, where `norm`, L2 norms of all filters, row behind row."""
         raise NotImplementedError
 
-    def pull(
-        self, grads: list[Tensor], rows: Rows, coefficients: Tensor, *, scale: float | Tensor, radial: bool
-    ) -> None:
-        """grads += scale · c_n · sgn(w), or its radial twin."""
+    def pull(self, grads: Grads, rows: Rows, coefficients: Tensor, *, scale: Scale, radial: bool) -> None:
+        """grads += scale · c_n · sgn(w), or its radial twin; a row whose gradient is None is left alone."""
         raise NotImplementedError
 
-    def shrink(self, rows: Rows, coefficients: Tensor, *, scales: list[float | Tensor], radial: bool) -> None:
-        """tensors[i] ← sgn(w) · max(|w| − scales[i] · c_n, 0), or its radial twin."""
+    def shrink(
+        self,
+        rows: Rows,
+        coefficients: Tensor,
+        *,
+        rates: list[Scale],
+        found_inf: Tensor | None = None,
+        radial: bool,
+    ) -> None:
+        """w ← sgn(w) · max(|w| − t, 0) at t = rates[i] · (1 − found_inf) · c_n, or its radial twin."""
         raise NotImplementedError
 
     def charge(self, rows: Rows, coefficients: Tensor, law: Law) -> None:
@@ -40,9 +57,7 @@ class Backend:
         for c, charges in zip(rows.cut(coefficients), rows.charges(*measured)):
             c.copy_(law.of(charges))
 
-    def force(
-        self, grads: list[Tensor], rows: Rows, coefficients: Tensor, law: Law, *, scale: float | Tensor
-    ) -> None:
+    def force(self, grads: Grads, rows: Rows, coefficients: Tensor, law: Law, *, scale: Scale) -> None:
         """`charge`, then `pull`."""
         self.charge(rows, coefficients, law)
         self.pull(grads, rows, coefficients, scale=scale, radial=law.direction == "radial")
@@ -60,10 +75,12 @@ class Reference(Backend):
 
     def pull(self, grads, rows, coefficients, *, scale, radial):
         for grad, weight, dim, c in zip(grads, rows.tensors, rows.dims, rows.cut(coefficients)):
-            reference.pull(grad, weight, c, dim, scale=scale, radial=radial)
+            if grad is not None:
+                reference.pull(grad, weight, c, dim, scale=scale, radial=radial)
 
-    def shrink(self, rows, coefficients, *, scales, radial):
-        for scale, weight, dim, c in zip(scales, rows.tensors, rows.dims, rows.cut(coefficients)):
+    def shrink(self, rows, coefficients, *, rates, found_inf=None, radial):
+        for rate, weight, dim, c in zip(rates, rows.tensors, rows.dims, rows.cut(coefficients)):
+            scale = rate if found_inf is None else rate * (1 - found_inf)
             reference.shrink(weight, c, dim, scale=scale, radial=radial)
 
 
@@ -72,7 +89,7 @@ class Cpp(Backend):
 
     name = "cpp"
 
-    def __init__(self):
+    def __init__(self, device):
         self._module = native.load()
 
     def measure(self, rows, *, sign, norm):
@@ -80,10 +97,15 @@ class Cpp(Backend):
         return magnitude, signs, norms if norm else None
 
     def pull(self, grads, rows, coefficients, *, scale, radial):
-        self._module.pull(grads, rows.tensors, coefficients, rows.offsets, rows.dims, float(scale), radial)
+        grads, rows = _with_gradient(grads, rows)
+        if grads:
+            self._module.pull(
+                grads, rows.tensors, coefficients, rows.offsets, rows.dims, float(scale), radial
+            )
 
-    def shrink(self, rows, coefficients, *, scales, radial):
-        scales = [float(scale) for scale in scales]
+    def shrink(self, rows, coefficients, *, rates, found_inf=None, radial):
+        kept = 1.0 if found_inf is None else 1.0 - float(found_inf)
+        scales = [float(rate) * kept for rate in rates]
         self._module.shrink(rows.tensors, coefficients, rows.offsets, rows.dims, scales, radial)
 
     def charge(self, rows, coefficients, law):
@@ -92,7 +114,7 @@ class Cpp(Backend):
         self._module.charge(rows.tensors, coefficients, rows.offsets, rows.dims, self._known(law))
 
     def force(self, grads, rows, coefficients, law, *, scale):
-        if not law.native_kind:
+        if not law.native_kind or any(grad is None for grad in grads):
             return super().force(grads, rows, coefficients, law, scale=scale)
         known, scale = self._known(law), float(scale)
         self._module.force(grads, rows.tensors, coefficients, rows.offsets, rows.dims, known, scale)
@@ -103,10 +125,103 @@ class Cpp(Backend):
         return self._module.Law(kind, law.strength, law.softening, law.sign == "count")
 
 
-BACKENDS: dict[str, type[Backend]] = {"cpp": Cpp, "reference": Reference}
+class Launched(Backend):
+    """Whole-model launches on a GPU: one for each operation, however many rows there are.
+
+    Its kernels have measure, charge, pull and shrink as kernels/force.py defines them. Nothing here waits for
+    the device. A law that they do not know runs as its torch method between the launches.
+    """
+
+    def __init__(self, device: torch.device):
+        try:
+            self._kernels = self._load()
+            self.measure(Rows.of([torch.ones(1, 1, device=device)], [0]), sign="count", norm=False)
+        except BackendUnavailable:
+            raise
+        except Exception as error:  # whatever a compiler, a driver or a launch may raise
+            raise BackendUnavailable(
+                f"{self.name} does not run on {device}: {native.last_line(error)}"
+            ) from error
+
+    def _load(self):
+        raise NotImplementedError
+
+    def measure(self, rows, *, sign, norm):
+        table = rows.table
+        magnitude, signs, norms = (torch.empty_like(table.magnitude) for _ in range(3))
+        norms = norms if norm else None
+        table.read(rows)
+        self._launch("measure", table, magnitude, signs, norms, sign == "count")
+        return magnitude, signs, norms
+
+    def pull(self, grads, rows, coefficients, *, scale, radial):
+        table = rows.table
+        targets, copies = table.targets(grads, rows)
+        table.read(rows)
+        self._launch("pull", table, targets, coefficients, _on_device(scale, table), radial)
+        for grad, copy in copies:
+            grad.copy_(copy)
+        torch.autograd.graph.increment_version([grad for grad in grads if grad is not None])
+
+    def shrink(self, rows, coefficients, *, rates, found_inf=None, radial):
+        table = rows.table
+        found_inf = _on_device(0.0 if found_inf is None else found_inf, table)
+        table.read(rows)
+        self._launch("shrink", table, coefficients, table.rates(rates), found_inf, radial)
+        table.write(rows)
+        torch.autograd.graph.increment_version(rows.tensors)
+
+    def charge(self, rows, coefficients, law):
+        if law.native_kind not in self._kernels.KINDS:
+            return super().charge(rows, coefficients, law)
+        table = rows.table
+        numbers = table.law(law.strength, law.softening)
+        table.read(rows)
+        self._launch(
+            "charge", table, table.magnitude, table.sign, coefficients, table.done, numbers,
+            law.native_kind, law.sign == "count",
+        )  # fmt: skip
+
+    def _launch(self, operation: str, table: Table, *arguments) -> None:
+        getattr(self._kernels, operation)(table.tiles, table.layout, table.weights, *arguments, table.dtype)
+        keep_if_captured(table.device, table, arguments)
+
+
+class Triton(Launched):
+    """Triton on CUDA; in Triton's interpreter (TRITON_INTERPRET=1) on the CPU, which is for tests."""
+
+    name = "triton"
+
+    def _load(self):
+        return native.load_triton()
+
+
+class Cuda(Launched):
+    """The same launches in CUDA C++, for where Triton is not."""
+
+    name = "cuda"
+
+    def _load(self):
+        return native.load_cuda()
+
+
+def _with_gradient(grads: Grads, rows: Rows) -> tuple[list[Tensor], Rows]:
+    """The rows that have a gradient, and these."""
+    active = [i for i, grad in enumerate(grads) if grad is not None]
+    return [grads[i] for i in active], rows.only(active)
+
+
+def _on_device(factor: Scale, table: Table) -> Tensor:
+    """A factor as a 0-dim tensor where the table is."""
+    if isinstance(factor, Tensor) and factor.device.type != "cpu":
+        return factor.to(table.device, non_blocking=True)
+    return constant(float(factor), table.magnitude.dtype, table.device)
+
+
+BACKENDS: dict[str, type[Backend]] = {"triton": Triton, "cuda": Cuda, "cpp": Cpp, "reference": Reference}
 """In the order in which `auto` tries them."""
 
-SERVES: dict[str, tuple[str, ...]] = {"cpp": ("cpu",)}
+SERVES: dict[str, tuple[str, ...]] = {"triton": ("cuda", "xpu"), "cuda": ("cuda",), "cpp": ("cpu",)}
 """The device types of each backend; one that is not named serves every device."""
 
 
@@ -117,33 +232,39 @@ def select(name: str, device: torch.device) -> Backend:
     """
     name = (os.environ.get("EFREG_BACKEND") or "auto") if name == "auto" else name
     if name == "auto":
-        return _automatic(device.type)
+        return _automatic(device)
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}: there are auto, {', '.join(BACKENDS)}")
     if not serves(name, device.type):
         raise BackendUnavailable(
             f"backend {name!r} serves {', '.join(SERVES[name])}; the weights are on {device}"
         )
-    return _backend(name)
+    return _backend(name, device)
 
 
 def serves(name: str, device_type: str) -> bool:
     """Whether backend `name` is made for devices of this type."""
-    return device_type in SERVES.get(name, (device_type,))
+    interpreted = name == "triton" and device_type == "cpu" and native.interpreting()
+    return interpreted or device_type in SERVES.get(name, (device_type,))
+
+
+def _untried(name: str, device_type: str) -> bool:
+    """Whether nobody has run this backend on such devices yet: it serves them by name only."""
+    return name == "triton" and (device_type in ("cpu", "xpu") or torch.version.hip is not None)
 
 
 @cache
-def _backend(name: str) -> Backend:
-    return BACKENDS[name]()
+def _backend(name: str, device: torch.device) -> Backend:
+    return BACKENDS[name](device)
 
 
 @cache
-def _automatic(device_type: str) -> Backend:
+def _automatic(device: torch.device) -> Backend:
     for name in BACKENDS:
-        if serves(name, device_type):
+        if serves(name, device.type) and not _untried(name, device.type):
             try:
-                backend = _backend(name)
-                logger.info("backend %r serves %s", name, device_type)
+                backend = _backend(name, device)
+                logger.info("backend %r serves %s", name, device)
                 return backend
             except BackendUnavailable as error:
                 logger.warning("backend %r cannot be had (%s): a slower one serves", name, error)

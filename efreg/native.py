@@ -16,7 +16,7 @@ import torch
 
 logger = logging.getLogger("efreg")
 
-CSRC = Path(__file__).parent / "csrc"
+CSRC, KERNELS = Path(__file__).parent / "csrc", Path(__file__).parent / "kernels"
 CPU_SOURCES = (CSRC / "module.cpp", CSRC / "cpu" / "force.cpp")
 
 
@@ -41,6 +41,19 @@ def module_name() -> str:
     return f"_cpp_{digest.hexdigest()[:12]}"
 
 
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def load_triton() -> ModuleType:
+    """The Triton kernels. Raises BackendUnavailable."""
+    _require(KERNELS / "force.py")
+    if importlib.util.find_spec("triton") is None:
+        raise BackendUnavailable("Triton is not installed (pip install triton)")
+    return importlib.import_module("efreg.kernels.force")
+
+
 def prebuilt() -> str | None:
     """The full name of the module that was built ahead for this torch and these sources, if any."""
     name = f"efreg.{module_name()}"
@@ -50,11 +63,7 @@ def prebuilt() -> str | None:
 @cache
 def load() -> ModuleType:
     """The compiled module, built now where it was not built before. Raises BackendUnavailable."""
-    if not CPU_SOURCES[0].exists():
-        raise BackendUnavailable(
-            f"the C++ sources are not in {CSRC}: check out with symbolic links "
-            "(git config core.symlinks true && git checkout -- efreg/csrc) or install from a wheel"
-        )
+    _require(CPU_SOURCES[0])
     name = prebuilt()
     try:
         return (
@@ -62,7 +71,15 @@ def load() -> ModuleType:
         )
     except (RuntimeError, OSError, ImportError) as error:
         doing = "loading" if name else "building"
-        raise BackendUnavailable(f"{doing} the C++ operations failed: {_last_line(error)}") from error
+        raise BackendUnavailable(f"{doing} the C++ operations failed: {last_line(error)}") from error
+
+
+def _require(source: Path) -> None:
+    if not source.exists():
+        raise BackendUnavailable(
+            f"{source} is not there: check out with symbolic links (git config core.symlinks true "
+            "&& git checkout -- efreg/csrc efreg/kernels) or install from a wheel"
+        )
 
 
 def build_root() -> Path:
@@ -122,6 +139,7 @@ def _put_ninja_on_path() -> None:
         os.environ["PATH"] = os.pathsep.join(filter(None, (ninja.BIN_DIR, os.environ.get("PATH"))))
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
+    """What of an error fits into a sentence."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__

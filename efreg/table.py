@@ -1,25 +1,30 @@
 """The multi-tensor table: tensors that go through an operation together, and where each filter lies."""
 
+import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from efreg.laws import Charges
+from efreg.reference import accumulator
+from efreg.sending import Sent, capturing, send
 
 T = TypeVar("T")
 
 
-class Rows(NamedTuple):
+class Rows:
     """Tensors of one device and dtype, a row each.
 
     Filter n of tensors[i] lies along dims[i] and has the coefficient coefficients[offsets[i] + n]; rows of
     one layer share an offset.
     """
 
-    tensors: list[Tensor]
-    dims: list[int]
-    offsets: list[int]
+    def __init__(self, tensors: Sequence[Tensor], dims: Sequence[int], offsets: Sequence[int]):
+        self.tensors, self.dims, self.offsets = list(tensors), list(dims), list(offsets)
+        self._table: Table | None = None
 
     @classmethod
     def of(cls, weights: Sequence[Tensor], dims: Sequence[int]) -> "Rows":
@@ -28,19 +33,19 @@ class Rows(NamedTuple):
         for weight, dim in zip(weights, dims):
             offsets.append(filters)
             filters += weight.shape[dim]
-        return cls(list(weights), list(dims), offsets)
+        return cls(weights, dims, offsets)
 
     def only(self, indices: Sequence[int]) -> "Rows":
         """Some of the rows."""
-        return (
-            self
-            if len(indices) == len(self.tensors)
-            else Rows(*([part[i] for i in indices] for part in self))
-        )
+        if len(indices) == len(self.tensors):
+            return self
+        return Rows(*([part[i] for i in indices] for part in (self.tensors, self.dims, self.offsets)))
 
     def cut(self, coefficients: Tensor) -> list[Tensor]:
         """The coefficients of each row, views of the flat tensor."""
-        return [coefficients[o : o + w.shape[dim]] for w, dim, o in zip(*self)]
+        return [
+            coefficients[o : o + w.shape[dim]] for w, dim, o in zip(self.tensors, self.dims, self.offsets)
+        ]
 
     def charges(self, magnitude: Tensor, sign: Tensor, norm: Tensor | None) -> list[Charges]:
         """Statistics that lie row behind row as one `Charges` a row."""
@@ -52,6 +57,160 @@ class Rows(NamedTuple):
             found.append(Charges(magnitude[own], sign[own], size, None if norm is None else norm[own]))
             start += filters
         return found
+
+    @property
+    def table(self) -> "Table":
+        """The rows as kernels on a device read them, made at the first use."""
+        if self._table is None:
+            self._table = _table_of(self)
+        return self._table
+
+
+class Table:
+    """Where the filters of some rows lie: arrays on the device, laid out as kernels/force.py says.
+
+    It holds no tensor of the rows. Weights that are not dense in memory, filter behind filter, have a dense
+    copy here, which `weights` renews.
+    """
+
+    def __init__(self, rows: Rows):
+        first = rows.tensors[0]
+        self.device, self.dtype = first.device, first.dtype
+        if capturing(self.device):
+            raise RuntimeError(
+                "a graph is being captured and the table of these weights does not exist yet: "
+                "take one step, with gradients, before the capture"
+            )
+        filters = [weight.shape[dim] for weight, dim in zip(rows.tensors, rows.dims)]
+        sizes = [weight.numel() // n if n else 0 for weight, n in zip(rows.tensors, filters)]
+        self.copies = {
+            i: torch.empty_like(weight.movedim(dim, 0), memory_format=torch.contiguous_format)
+            for i, (weight, dim) in enumerate(zip(rows.tensors, rows.dims))
+            if not _filters_are_dense(weight, dim)
+        }
+        addresses = [self.copies.get(i, weight).data_ptr() for i, weight in enumerate(rows.tensors)]
+        starts = [sum(filters[:i]) for i in range(len(filters))]
+        self.tiles = send(_tiles(filters, sizes), torch.int32, self.device)
+        self.layout = send(list(zip(filters, sizes, rows.offsets, starts)), torch.int64, self.device)
+        self.weights = send(addresses, torch.int64, self.device)
+        acc = accumulator(self.dtype)
+        self.magnitude, self.sign = torch.empty(2, sum(filters), dtype=acc, device=self.device)
+        self.done = torch.zeros(len(filters), dtype=torch.int32, device=self.device)
+        self._sent_targets = Sent(torch.int64, self.device)
+        self._sent_rates, self._sent_law = Sent(acc, self.device), Sent(acc, self.device)
+        self._seen: list = []
+
+    def read(self, rows: Rows) -> None:
+        """Renews the dense copies of weights that are not dense."""
+        for i, copy in self.copies.items():
+            copy.copy_(rows.tensors[i].movedim(rows.dims[i], 0))
+
+    def write(self, rows: Rows) -> None:
+        """Hands the dense copies back to the weights."""
+        for i, copy in self.copies.items():
+            rows.tensors[i].movedim(rows.dims[i], 0).copy_(copy)
+
+    def targets(self, grads: list[Tensor | None], rows: Rows) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Addresses and turns of the gradients, on the device; and (gradient, copy) where a copy is pulled.
+
+        Raises ValueError for a gradient whose shape, dtype or device is not its weight's.
+        """
+        seen = [(0, ()) if g is None else (g.data_ptr(), g.stride()) for g in grads]
+        if seen == self._seen:
+            return self._sent_targets.last, []
+        found = [(None, 1) if grad is None else self._target(i, grad, rows) for i, grad in enumerate(grads)]
+        copies = [
+            (grad.movedim(dim, 0), target)
+            for grad, dim, (target, _) in zip(grads, rows.dims, found)
+            if target is not grad
+        ]
+        self._seen = [] if copies or capturing(self.device) else seen
+        return self._sent_targets([(0 if t is None else t.data_ptr(), turn) for t, turn in found]), copies
+
+    def law(self, strength: float, softening: float) -> Tensor:
+        """The law's numbers on the device, [2]."""
+        return self._sent_law([strength, softening])
+
+    def rates(self, rates: list[float | Tensor]) -> Tensor:
+        """The rows' learning rates on the device: numbers are sent, tensors gathered."""
+        if not any(isinstance(rate, Tensor) for rate in rates):
+            return self._sent_rates(rates)
+        like = self.magnitude
+        return torch.stack([torch.as_tensor(rate).to(like, non_blocking=True) for rate in rates])
+
+    def _target(self, i: int, grad: Tensor, rows: Rows) -> tuple[Tensor, int]:
+        """What is pulled in place of a gradient, itself or a dense copy, and its turn."""
+        weight, dim = rows.tensors[i], rows.dims[i]
+        _check_gradient(grad, weight)
+        if i not in self.copies and (turn := _turn(grad, weight)):
+            return grad, turn
+        dense = self.copies.get(i, weight)
+        return torch.empty_like(dense).copy_(grad.movedim(dim, 0)), 1
+
+
+TABLES = 8
+"""Tables that are kept for operations on bare tensors, whose rows do not last."""
+
+_tables: OrderedDict[tuple, Table] = OrderedDict()
+
+
+def _table_of(rows: Rows) -> Table:
+    """The table of these addresses, sizes and strides, found again or made."""
+    key = tuple(
+        (w.data_ptr(), w.shape, w.stride(), dim, offset, w.dtype, w.device)
+        for w, dim, offset in zip(rows.tensors, rows.dims, rows.offsets)
+    )
+    table = _tables.pop(key, None) or Table(rows)
+    _tables[key] = table
+    if len(_tables) > TABLES:
+        _tables.popitem(last=False)
+    return table
+
+
+def _tiles(filters: list[int], sizes: list[int]) -> Tensor:
+    """Row and first filter of each program's tile, [T, 2]."""
+    from efreg.kernels.launch import filters_a_tile
+
+    per_tile = torch.tensor([filters_a_tile(size) for size in sizes])
+    counts = -(torch.tensor(filters) // -per_tile)
+    row = torch.repeat_interleave(torch.arange(len(filters)), counts)
+    before = counts.cumsum(0) - counts
+    first = (torch.arange(len(row)) - before[row]) * per_tile[row]
+    return torch.stack([row, first], dim=1)
+
+
+def _filters_are_dense(tensor: Tensor, dim: int) -> bool:
+    """Whether the filters lie one behind the other, each without gaps."""
+    return dim == 0 and bool(_orders(tensor))
+
+
+def _turn(grad: Tensor, weight: Tensor) -> int:
+    """How a gradient's order in memory follows from its weight's (kernels/force.py), 0 where it does not."""
+    if grad.stride() == weight.stride():
+        return 1
+    channels, spatial = weight.shape[1], math.prod(weight.shape[2:])
+    orders, weight_orders = _orders(grad), _orders(weight)
+    if not orders or not weight_orders:
+        return 0
+    if orders & weight_orders:
+        return 1
+    return spatial if torch.contiguous_format in orders else channels
+
+
+def _orders(tensor: Tensor) -> set[torch.memory_format]:
+    """The dense orders in which the numbers lie: both, where there is one channel or one position."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim, torch.contiguous_format)
+    formats = (torch.contiguous_format, last)
+    return {format for format in formats if tensor.is_contiguous(memory_format=format)}
+
+
+def _check_gradient(grad: Tensor, weight: Tensor) -> None:
+    for what in ("shape", "dtype", "device"):
+        if getattr(grad, what) != getattr(weight, what):
+            raise ValueError(
+                f"a gradient has {what} {getattr(grad, what)}, its weight {getattr(weight, what)}: "
+                "they must agree, or backend='reference' serves them"
+            )
 
 
 def by_device_and_dtype(items: Iterable[T], tensor: Callable[[T], Tensor]) -> list[list[T]]:

@@ -2,6 +2,8 @@
 
 import os
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run on CPU tensors
+
 import hypothesis
 import pytest
 import torch
@@ -12,7 +14,25 @@ from efreg.native import BackendUnavailable
 hypothesis.settings.register_profile("efreg", deadline=None)  # the first example may build the C++ operations
 hypothesis.settings.load_profile("efreg")
 
-CPU_BACKENDS = ["reference", "cpp"]
+CPU_BACKENDS = ["reference", "cpp", "triton"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter():
+    """Triton's interpreter prepares a module at each call of its functions; once is enough, and 3× faster."""
+    from triton.runtime import interpreter
+
+    prepared = set()
+
+    def call(function, *args, **kwargs):
+        if function.fn.__module__ not in prepared:
+            prepared.add(function.fn.__module__)
+            interpreter._patch_lang(function.fn)
+        return function.rewrite()(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        yield
 
 
 @pytest.fixture(autouse=True)

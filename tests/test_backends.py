@@ -32,7 +32,7 @@ def test_the_environment_chooses_for_auto_alone(monkeypatch):
     assert backends.select("auto", CPU).name == "reference"
     assert backends.select("cpp", CPU).name == "cpp"
     monkeypatch.setenv("EFREG_BACKEND", "abacus")
-    with pytest.raises(ValueError, match="unknown backend 'abacus': there are auto, cpp, reference"):
+    with pytest.raises(ValueError, match="unknown backend .abacus.: there are auto, triton, cuda, cpp, ref"):
         backends.select("auto", CPU)
 
 
@@ -116,7 +116,7 @@ def test_autograd_sees_that_weights_changed():
     loss = w.square().sum()
     with torch.no_grad():
         rows = Rows.of([w], [0])
-        backends.select("cpp", CPU).shrink(rows, torch.ones(2), scales=[0.1], radial=False)
+        backends.select("cpp", CPU).shrink(rows, torch.ones(2), rates=[0.1], radial=False)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 

@@ -61,7 +61,7 @@ def assert_refused(capsys, arguments, *parts):
         ("--dataset cifar10", ["no cifar10 in data", "--data", "--download"]),
         ("--dataset mnist --data here", ["no mnist in here", "--data", "--download"]),
         ("--dataset imagefolder --data here", ["no folder here/train", "train/ and val/"]),
-        ("--backend abacus", ["backend 'abacus'", "auto, cpp, reference"]),
+        ("--backend abacus", ["backend 'abacus'", "auto, triton, cuda, cpp, reference"]),
         ("--update slow", ["update 'slow'", "gradient, proximal"]),
         ("--schedule p3", ["schedule 'p3'", "constant, cosine, p1, p2"]),
         ("--alpha -1", ["alpha is -1.0", "not negative"]),

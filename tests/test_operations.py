@@ -39,9 +39,18 @@ def eps(dtype):
     return torch.finfo(dtype).eps
 
 
-def one_rounding(exact, dtype):
-    """The distance to a neighbouring number of `dtype`, halved."""
-    return 0.5 * eps(dtype) * exact.abs().clamp_min(torch.finfo(dtype).tiny)
+def one_rounding(backend, exact, dtype):
+    """The distance to a neighbouring number of `dtype`, halved where `backend` rounds to the nearest.
+
+    Triton's interpreter cuts float32 off to bfloat16, where a GPU rounds.
+    """
+    part = 1.0 if (backend.name, dtype) == ("triton", torch.bfloat16) else 0.5
+    return part * eps(dtype) * exact.abs().clamp_min(torch.finfo(dtype).tiny)
+
+
+def interpreted(backend):
+    """Whether a program takes milliseconds."""
+    return backend.name == "triton"
 
 
 def exact_norms(weight):
@@ -99,14 +108,15 @@ def test_norms(backend, dtype):
 
 def test_equal_filters_have_equal_charges_wherever_they_lie(backend, dtype):
     """The order of summation depends on D alone: not on address, alignment, index or threads."""
-    for size in (9, 27, 63, 1000, 4608):
+    filters = 5 if interpreted(backend) else 37
+    for size in (9, 27, 64, 1000, 4608):
         filter = torch.randn(size, dtype=torch.float64).to(dtype)
-        buffer = torch.zeros(40 * size + 8, dtype=dtype)
+        buffer = torch.zeros((filters + 1) * size + 8, dtype=dtype)
         found = set()
         for shift in range(8):
-            weight = buffer[shift : shift + 37 * size].view(37, size)
-            weight.copy_(filter.expand(37, size))
-            for threads in (1, 2):
+            weight = buffer[shift : shift + filters * size].view(filters, size)
+            weight.copy_(filter.expand(filters, size))
+            for threads in (1,) if interpreted(backend) else (1, 2):
                 torch.set_num_threads(threads)
                 found |= set(measured(backend, weight)[0].magnitude.tolist())
         assert len(found) == 1, size
@@ -156,7 +166,7 @@ def test_layouts_of_weight_and_gradient(backend, weight_layout, grad_layout, sha
     backend.pull([grad], rows_of(weight), c, scale=1.0, radial=False)
     torch.testing.assert_close(grad, expected, rtol=eps(torch.float32), atol=0)
     expected = weight.sign() * (weight.abs() - 0.5 * c.view(-1, 1, 1, 1)).clamp_min(0)
-    backend.shrink(rows_of(weight), c, scales=[0.5], radial=False)
+    backend.shrink(rows_of(weight), c, rates=[0.5], radial=False)
     torch.testing.assert_close(weight, expected, rtol=2 * eps(torch.float32), atol=eps(torch.float32))
 
 
@@ -174,7 +184,7 @@ def test_pull(backend, dtype, shape, radial):
     terms = grad.double().abs() + added.view(shape).abs()
     backend.pull([grad], rows_of(weight), c, scale=3.0, radial=radial)
     roundings = 4 + math.sqrt(direction.shape[1]) if radial else 4  # a norm's sum walks at random
-    allowed = one_rounding(expected, dtype) + roundings * eps(accumulator(dtype)) * terms
+    allowed = one_rounding(backend, expected, dtype) + roundings * eps(accumulator(dtype)) * terms
     assert ((grad.double() - expected).abs() <= allowed).all()
 
 
@@ -190,23 +200,23 @@ def test_shrink(backend, dtype, shape, radial):
     else:
         expected = w.sign() * (w.abs() - t).clamp_min(0)
     roundings = 4 + math.sqrt(w.shape[1]) if radial else 4
-    allowed = one_rounding(expected, dtype) + roundings * eps(accumulator(dtype)) * (w.abs() + t)
-    backend.shrink(rows_of(weight), c, scales=[0.7], radial=radial)
+    allowed = one_rounding(backend, expected, dtype) + roundings * eps(accumulator(dtype)) * (w.abs() + t)
+    backend.shrink(rows_of(weight), c, rates=[0.7], radial=radial)
     assert ((weight.double().flatten(1) - expected).abs() <= allowed).all()
 
 
 def test_shrink_cannot_overshoot_and_leaves_exact_zeros(backend):
     weight = torch.tensor([[0.3, -0.2, 0.1, -0.1], [2.0, -2.0, 0.0, 1.0]])
-    backend.shrink(rows_of(weight), torch.tensor([1.0, 1.0]), scales=[0.2], radial=False)
+    backend.shrink(rows_of(weight), torch.tensor([1.0, 1.0]), rates=[0.2], radial=False)
     torch.testing.assert_close(weight, torch.tensor([[0.1, 0, 0, 0], [1.8, -1.8, 0, 0.8]]))
     assert (weight[0, 1:] == 0).all()
-    backend.shrink(rows_of(weight), torch.tensor([9.0, 0.0]), scales=[1.0], radial=True)
+    backend.shrink(rows_of(weight), torch.tensor([9.0, 0.0]), rates=[1.0], radial=True)
     assert (weight[0] == 0).all()
 
 
 def test_each_tensor_shrinks_at_its_own_scale(backend):
     a, b = torch.ones(2, 3), torch.ones(1, 3)
-    backend.shrink(rows_of(a, b), torch.tensor([1.0, 2.0, 1.0]), scales=[0.1, 0.5], radial=False)
+    backend.shrink(rows_of(a, b), torch.tensor([1.0, 2.0, 1.0]), rates=[0.1, 0.5], radial=False)
     torch.testing.assert_close(a, torch.tensor([[0.9] * 3, [0.8] * 3]))
     torch.testing.assert_close(b, torch.full((1, 3), 0.5))
 
@@ -218,7 +228,7 @@ def test_a_filter_with_coefficient_zero_keeps_every_bit(backend, dtype, radial):
     weight, grad = special.repeat(2, 1), special.flip(0).repeat(2, 1)
     before = weight.clone(), grad.clone()
     backend.pull([grad], rows_of(weight), torch.zeros(2, dtype=accumulator(dtype)), scale=2.0, radial=radial)
-    backend.shrink(rows_of(weight), torch.zeros(2, dtype=accumulator(dtype)), scales=[2.0], radial=radial)
+    backend.shrink(rows_of(weight), torch.zeros(2, dtype=accumulator(dtype)), rates=[2.0], radial=radial)
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     assert torch.equal(weight.view(bits), before[0].view(bits))
     assert torch.equal(grad.view(bits), before[1].view(bits))
@@ -263,12 +273,12 @@ LAWS = [
 def test_force_is_measure_law_and_pull(backend, dtype, law):
     """The coefficients are the law's on the backend's own statistics; the gradients are then pulled."""
     weights = [
-        torch.randn(s, dtype=torch.float64).to(dtype) for s in [(64, 27), (1, 9), (300, 700), (17, 576)]
+        torch.randn(s, dtype=torch.float64).to(dtype) for s in [(70, 27), (1, 9), (40, 700), (17, 576)]
     ]
     grads = [torch.randn(w.shape, dtype=torch.float64).to(dtype) for w in weights]
     rows, acc = rows_of(*weights), accumulator(dtype)
     by_pull = [g.clone() for g in grads]
-    coefficients, alone = (torch.full((382,), math.nan, dtype=acc) for _ in range(2))
+    coefficients, alone = (torch.full((128,), math.nan, dtype=acc) for _ in range(2))
     backend.force(grads, rows, coefficients, law, scale=2.0)
     backend.charge(rows, alone, law)
     assert torch.equal(coefficients, alone)
@@ -316,15 +326,29 @@ def test_a_layer_of_nan_alone_has_no_force(backend):
     assert not coefficients.any() and not grad.any()
 
 
+SIZES = st.one_of(st.integers(0, 70), st.sampled_from([255, 256, 257, 1024, 1025]))
+ANY_LAYERS = {
+    "shapes": st.lists(st.tuples(st.integers(0, 40), SIZES), min_size=1, max_size=6),
+    "dtype": st.sampled_from(DTYPES),
+    "seed": st.integers(0, 10**6),
+    "zeros": st.booleans(),
+}
+
+
 @settings(max_examples=100)
-@given(
-    shapes=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 70)), min_size=1, max_size=6),
-    dtype=st.sampled_from(DTYPES),
-    seed=st.integers(0, 10**6),
-    zeros=st.booleans(),
-)
+@given(**ANY_LAYERS)
 @pytest.mark.parametrize("name", ["reference", "cpp"])
 def test_any_layers_against_extended_precision(name, shapes, dtype, seed, zeros):
+    hold_against_extended_precision(name, shapes, dtype, seed, zeros)
+
+
+@settings(max_examples=25)
+@given(**ANY_LAYERS)
+def test_any_layers_in_the_interpreter(shapes, dtype, seed, zeros):
+    hold_against_extended_precision("triton", shapes, dtype, seed, zeros)
+
+
+def hold_against_extended_precision(name, shapes, dtype, seed, zeros):
     """Magnitudes against exact sums, then coefficients against the law on the backend's own magnitudes."""
     backend = efreg.backends.select(name, torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
@@ -347,11 +371,11 @@ def test_any_layers_against_extended_precision(name, shapes, dtype, seed, zeros)
 
 
 def test_bits_do_not_depend_on_threads_or_runs(backend):
-    weights = [torch.randn(s) for s in [(512, 4608), (16, 27), (64, 576)]]
+    weights = [torch.randn(s) for s in [(20 if interpreted(backend) else 512, 4608), (16, 27), (64, 576)]]
     found = []
     for threads in (1, 2, 2, 3):
         torch.set_num_threads(threads)
-        grads, c = [torch.zeros_like(w) for w in weights], torch.empty(592)
+        grads, c = [torch.zeros_like(w) for w in weights], torch.empty(sum(map(len, weights)))
         backend.force(grads, rows_of(*weights), c, efreg.Electrostatic(1e-12), scale=1.0)
         found.append([c, *grads])
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))

@@ -1,0 +1,417 @@
+"""The operations on the filters of a whole model, one launch each, in Triton (defined in efreg/reference.py).
+
+A program takes one *tile*: some whole filters of one row. The arrays of a table (efreg/table.py) say which:
+
+tiles    [T, 2] int32     the tile's row, and the first of its filters
+layout   [rows, 4] int64  its filters, their size D, where its coefficients begin, where its statistics begin
+weights  [rows] int64     addresses
+targets  [rows, 2] int64  address of the row's gradient (0: leave the row alone), and its turn
+
+A gradient's *turn* is 1 where it lies in memory as its weight does. Where one is contiguous and the other is
+channels_last, number i of a filter's gradient belongs to its weight's (i mod turn) · D/turn + i // turn.
+DTYPE is the dtype behind the addresses, ACC that of statistics, coefficients and scales.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+
+FIELDS = tl.constexpr(4)
+NARROW_FILTERS, NARROW_LANES = map(tl.constexpr, launch.NARROW)
+WIDE_FILTERS, WIDE_LANES = map(tl.constexpr, launch.WIDE)
+LAW_LANES = tl.constexpr(launch.LAW_LANES)
+NOWHERE = tl.constexpr(2**31 - 1)
+
+# Nothing is specialised to the arguments' values: what was compiled once serves at every later step.
+_kernel = triton.jit(do_not_specialize=range(8))
+
+
+@triton.jit
+def _sgn(x):
+    return (x > 0).to(tl.int32) - (x < 0).to(tl.int32)
+
+
+@triton.jit
+def _finite(x):
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
+def _divide(a, b):
+    """a / b, correctly rounded."""
+    if b.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    else:
+        return a / b
+
+
+@triton.jit
+def _sqrt(x):
+    """√x, correctly rounded."""
+    if x.dtype == tl.float32:
+        return tl.sqrt_rn(x)
+    else:
+        return tl.sqrt(x)
+
+
+@triton.jit
+def _hypot(a, b):
+    """√(a² + b²) of numbers ≥ 0, without overflow on the way; NaN where both are 0."""
+    large, small = tl.maximum(a, b), tl.minimum(a, b)
+    ratio = _divide(small, large)
+    return large * _sqrt(1 + ratio * ratio)
+
+
+@triton.jit
+def _fold(x):
+    """Σ over the lanes, [F, lanes] -> [F]: neighbour to neighbour, whoever holds which lane."""
+    for _ in tl.static_range(16):
+        if x.shape[1] > 1:
+            x = tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]), axis=2)
+    return tl.reshape(x, [x.shape[0]])
+
+
+@triton.jit
+def _pointers(address, n, size, ALIGNED: tl.constexpr, DTYPE: tl.constexpr):
+    """To the first number of each filter n [F], as [F, 1]."""
+    p = address.to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        p = tl.multiple_of(p, 16)
+    return p + (n.to(tl.int64) * size)[:, None]
+
+
+@triton.jit
+def _known(size, ALIGNED: tl.constexpr, DTYPE: tl.constexpr):
+    """The size, written so that the compiler sees where filters end at multiples of 16 bytes."""
+    if ALIGNED:
+        size = size // (128 // DTYPE.primitive_bitwidth) * (128 // DTYPE.primitive_bitwidth)
+    return size
+
+
+@triton.jit
+def _norms(p, inside, size, LANES: tl.constexpr, ACC: tl.constexpr):
+    """‖w_n‖₂ [F] of the filters that begin at p [F, 1], where inside [F, 1]."""
+    squares = tl.zeros([p.shape[0], LANES], ACC)
+    for start in range(0, size, LANES):
+        i = start + tl.arange(0, LANES)[None, :]
+        w = tl.load(p + i, mask=inside & (i < size), other=0.0).to(ACC)
+        squares += w * w
+    return _sqrt(_fold(squares))
+
+
+@triton.jit
+def _inverse(norm):
+    """1 / ‖w_n‖₂ [F, 1], and 0 where there is no direction."""
+    ok = (norm > 0) & _finite(norm)
+    return tl.where(ok, _divide(tl.full(norm.shape, 1, norm.dtype), norm), 0.0)[:, None]
+
+
+@triton.jit
+def _measure_tile(
+    tile, to, FLAGS: tl.constexpr,
+    ALIGNED: tl.constexpr, FILTERS: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    weight, _, first, filters, size, _ = tile
+    magnitude, sign, norm = to
+    COUNT: tl.constexpr = FLAGS[0]
+    NORM: tl.constexpr = FLAGS[1]
+    size = _known(size, ALIGNED, DTYPE)
+    n = first + tl.arange(0, FILTERS)
+    p = _pointers(weight, n, size, ALIGNED, DTYPE)
+    inside = (n < filters)[:, None]
+    lengths = tl.zeros([FILTERS, LANES], ACC)
+    balances = tl.zeros([FILTERS, LANES], tl.int32 if COUNT else ACC)
+    for start in range(0, size, LANES):
+        i = start + tl.arange(0, LANES)[None, :]
+        w = tl.load(p + i, mask=inside & (i < size), other=0.0).to(ACC)
+        lengths += tl.abs(w)
+        balances += _sgn(w) if COUNT else w
+    m = _fold(lengths)
+    s = _sgn(tl.sum(balances, axis=1) if COUNT else _fold(balances)).to(ACC)
+    tl.store(magnitude + n, m, mask=n < filters)
+    tl.store(sign + n, tl.where(_finite(m), s, 0.0), mask=n < filters)
+    if NORM:
+        tl.store(norm + n, _norms(p, inside, size, LANES, ACC), mask=n < filters)
+
+
+@triton.jit
+def _pull_tile(
+    tile, to, FLAGS: tl.constexpr,
+    ALIGNED: tl.constexpr, FILTERS: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    weight, target, first, filters, size, turn = tile
+    coefficients, scale = to
+    RADIAL: tl.constexpr = FLAGS[0]
+    size = _known(size, ALIGNED, DTYPE)
+    n = first + tl.arange(0, FILTERS)
+    p_w, p_g = _pointers(weight, n, size, ALIGNED, DTYPE), _pointers(target, n, size, ALIGNED, DTYPE)
+    c = (tl.load(coefficients + n, mask=n < filters, other=0.0) * tl.load(scale).to(ACC))[:, None]
+    acts = c != 0
+    if RADIAL:
+        c *= _inverse(_norms(p_w, acts, size, LANES, ACC))
+    for start in range(0, size, LANES):
+        i = start + tl.arange(0, LANES)[None, :]
+        inside = acts & (i < size)
+        i_w = i if ALIGNED else i % turn * (size // turn) + i // turn
+        w = tl.load(p_w + i_w, mask=inside, other=0.0).to(ACC)
+        g = tl.load(p_g + i, mask=inside, other=0.0).to(ACC)
+        g += c * (w if RADIAL else _sgn(w).to(ACC))
+        tl.store(p_g + i, g.to(DTYPE), mask=inside)
+
+
+@triton.jit
+def _shrink_tile(
+    tile, to, FLAGS: tl.constexpr,
+    ALIGNED: tl.constexpr, FILTERS: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    weight, _, first, filters, size, _ = tile
+    coefficients, rate, found_inf = to
+    RADIAL: tl.constexpr = FLAGS[0]
+    size = _known(size, ALIGNED, DTYPE)
+    n = first + tl.arange(0, FILTERS)
+    p = _pointers(weight, n, size, ALIGNED, DTYPE)
+    by = tl.load(rate) * (1 - tl.load(found_inf)).to(ACC)
+    c = (tl.load(coefficients + n, mask=n < filters, other=0.0) * by)[:, None]
+    acts = c != 0
+    if RADIAL:
+        c *= _inverse(_norms(p, acts, size, LANES, ACC))
+    for start in range(0, size, LANES):
+        i = start + tl.arange(0, LANES)[None, :]
+        inside = acts & (i < size)
+        w = tl.load(p + i, mask=inside, other=0.0).to(ACC)
+        if RADIAL:
+            w *= tl.maximum(1 - c, 0.0)
+        else:
+            w = _sgn(w).to(ACC) * tl.maximum(tl.abs(w) - c, 0.0)
+        tl.store(p + i, w.to(DTYPE), mask=inside)
+
+
+@triton.jit
+def _on(tile, work: tl.constexpr, to, FLAGS: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr):
+    """Does `work` on a tile as wide as its filters, 16 bytes at a time where they lie so."""
+    weight, target, _, _, size, turn = tile
+    aligned = ((weight | target | size.to(tl.int64) * (DTYPE.primitive_bitwidth // 8)) % 16 == 0) & (
+        turn == 1
+    )
+    if size <= NARROW_LANES:
+        if aligned:
+            work(tile, to, FLAGS, True, NARROW_FILTERS, NARROW_LANES, DTYPE, ACC)
+        else:
+            work(tile, to, FLAGS, False, NARROW_FILTERS, NARROW_LANES, DTYPE, ACC)
+    else:
+        if aligned:
+            work(tile, to, FLAGS, True, WIDE_FILTERS, WIDE_LANES, DTYPE, ACC)
+        else:
+            work(tile, to, FLAGS, False, WIDE_FILTERS, WIDE_LANES, DTYPE, ACC)
+
+
+@triton.jit
+def _tile(t, tiles, layout, weights):
+    """Tile t, its weight for a target; and the row, where its coefficients and where its statistics begin."""
+    row = tl.load(tiles + 2 * t).to(tl.int64)
+    first = tl.load(tiles + 2 * t + 1)
+    p = layout + row * FIELDS
+    weight = tl.load(weights + row)
+    filters, size = tl.load(p).to(tl.int32), tl.load(p + 1).to(tl.int32)
+    return (weight, weight, first, filters, size, 1), row, tl.load(p + 2), tl.load(p + 3)
+
+
+@triton.jit
+def _source(magnitude, filters, LANES: tl.constexpr, ACC: tl.constexpr):
+    """The largest finite magnitude of a layer, −1 if there is none, and the first filter that has it."""
+    best, at = tl.full([LANES], -1, ACC), tl.full([LANES], 0, tl.int32)
+    for start in range(0, filters, LANES):
+        n = start + tl.arange(0, LANES)
+        m = tl.load(magnitude + n, mask=n < filters, other=float("nan"), cache_modifier=".cg")
+        larger = _finite(m) & (m > best)
+        best, at = tl.where(larger, m, best), tl.where(larger, n, at)
+    largest = tl.max(best, axis=0)
+    return largest, tl.min(tl.where(best == largest, at, NOWHERE), axis=0)
+
+
+@triton.jit
+def _electrostatic(magnitude, sign, coefficients, filters, law, LANES: tl.constexpr, ACC: tl.constexpr):
+    """Eq. 10 for a layer whose statistics are all there (efreg/laws.py: Electrostatic.coefficients)."""
+    m_src, source = _source(magnitude, filters, LANES, ACC)
+    s_src = tl.load(sign + source, cache_modifier=".cg")  # 0, too, where no filter is finite
+    strength = tl.zeros([LANES], ACC) + tl.load(law) * tl.abs(s_src)
+    softening = tl.zeros([LANES], ACC) + tl.load(law + 1) * m_src
+    for start in range(0, filters, LANES):
+        n = start + tl.arange(0, LANES)
+        m = tl.load(magnitude + n, mask=n < filters, other=0.0, cache_modifier=".cg")
+        s = tl.load(sign + n, mask=n < filters, other=0.0, cache_modifier=".cg")
+        r = _hypot(tl.abs(s_src * m_src - s * m), softening)
+        c = _divide(strength, r) * _divide(tl.zeros([LANES], ACC) + m_src, r)
+        acts = _finite(c) & _finite(m) & (n != source) & (s != 0)
+        tl.store(coefficients + n, tl.where(acts, c, 0.0), mask=n < filters)
+
+
+@triton.jit
+def _l1(magnitude, coefficients, filters, law, LANES: tl.constexpr):
+    """c_n = α (efreg/laws.py: L1.coefficients)."""
+    for start in range(0, filters, LANES):
+        n = start + tl.arange(0, LANES)
+        m = tl.load(magnitude + n, mask=n < filters, other=0.0, cache_modifier=".cg")
+        tl.store(coefficients + n, tl.where(_finite(m), tl.load(law), 0.0), mask=n < filters)
+
+
+@_kernel
+def measure_kernel(
+    tiles, layout, weights, magnitude, sign, norm,
+    COUNT: tl.constexpr, NORM: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    tile, _, _, start = _tile(tl.program_id(0).to(tl.int64), tiles, layout, weights)
+    to = (magnitude + start, sign + start, norm + start)
+    _on(tile, _measure_tile, to, (COUNT, NORM), DTYPE, ACC)
+
+
+@_kernel
+def charge_kernel(
+    tiles, layout, weights, magnitude, sign, coefficients, done, law,
+    KIND: tl.constexpr, COUNT: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    tile, row, offset, start = _tile(tl.program_id(0).to(tl.int64), tiles, layout, weights)
+    _on(tile, _measure_tile, (magnitude + start, sign + start, sign), (COUNT, False), DTYPE, ACC)
+    _, _, _, filters, size, _ = tile
+    tiles_of_row = tl.cdiv(filters, tl.where(size <= NARROW_LANES, NARROW_FILTERS, WIDE_FILTERS))
+    # The last program of a row to come here finds all statistics written: its stores before the barrier, the
+    # barrier before the atomic. It applies the law and leaves the counter as it was.
+    tl.debug_barrier()
+    if tl.atomic_add(done + row, 1, sem="acq_rel", scope="gpu") == tiles_of_row - 1:
+        if KIND == "electrostatic":
+            _electrostatic(
+                magnitude + start, sign + start, coefficients + offset, filters, law, LAW_LANES, ACC
+            )
+        else:
+            _l1(magnitude + start, coefficients + offset, filters, law, LAW_LANES)
+        tl.store(done + row, 0)
+
+
+@_kernel
+def pull_kernel(
+    tiles, layout, weights, targets, coefficients, scale,
+    RADIAL: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    # Backwards: what was measured last is still in the cache.
+    t = tl.num_programs(0) - 1 - tl.program_id(0).to(tl.int64)
+    tile, row, offset, _ = _tile(t, tiles, layout, weights)
+    weight, _, first, filters, size, _ = tile
+    target, turn = tl.load(targets + 2 * row), tl.load(targets + 2 * row + 1).to(tl.int32)
+    if target != 0:
+        tile = (weight, target, first, filters, size, turn)
+        _on(tile, _pull_tile, (coefficients + offset, scale), (RADIAL,), DTYPE, ACC)
+
+
+@_kernel
+def shrink_kernel(
+    tiles, layout, weights, coefficients, rates, found_inf,
+    RADIAL: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    t = tl.num_programs(0) - 1 - tl.program_id(0).to(tl.int64)
+    tile, row, offset, _ = _tile(t, tiles, layout, weights)
+    _on(tile, _shrink_tile, (coefficients + offset, rates + row, found_inf), (RADIAL,), DTYPE, ACC)
+
+
+class _Launcher:
+    """A kernel and what it was compiled to.
+
+    From the second launch on it is started directly: Triton's own look at the arguments takes longer than all
+    that efreg does in a step.
+    """
+
+    def __init__(self, kernel: Callable):
+        self._kernel = kernel
+        self._compiled = {}
+
+    def __call__(self, dtype: torch.dtype, *tensors: torch.Tensor, **constants) -> None:
+        """One program for each of the tiles, which are the first of the tensors."""
+        programs, device = len(tensors[0]), tensors[0].device
+        if programs == 0:
+            return
+        key = (device, dtype, *constants.values(), *(tensor.dtype for tensor in tensors))
+        with _current(device):
+            if compiled := self._compiled.get(key):
+                kernel, constants = compiled
+                kernel[programs, 1, 1](*(tensor.data_ptr() for tensor in tensors), *constants)
+            else:
+                constants |= {"DTYPE": TYPES[dtype], "ACC": TYPES[_accumulator(dtype)]}
+                kernel = self._kernel[programs,](*tensors, **constants, **_options())
+                if kernel is not None:  # the interpreter compiles nothing
+                    self._compiled[key] = kernel, tuple(constants.values())
+
+
+TYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+KINDS = ("electrostatic", "l1")
+"""The laws that `charge` knows."""
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _current(device: torch.device):
+    """The context in which `device` is the current one."""
+    if device.type == "cpu":
+        return nullcontext()
+    module = torch.get_device_module(device)
+    return nullcontext() if device.index == module.current_device() else module.device(device)
+
+
+def _options() -> dict:
+    if triton.knobs.runtime.interpret:
+        return {}
+    warp_size = triton.runtime.driver.active.get_current_target().warp_size
+    return {"num_warps": launch.warps(warp_size), "enable_fp_fusion": False}
+
+
+_measure = _Launcher(measure_kernel)
+_charge = _Launcher(charge_kernel)
+_pull = _Launcher(pull_kernel)
+_shrink = _Launcher(shrink_kernel)
+
+
+def measure(tiles, layout, weights, magnitude, sign, norm, count: bool, dtype: torch.dtype) -> None:
+    """Writes the statistics of all filters, [Σ N] each, row behind row; `norm` may be None."""
+    norms = magnitude if norm is None else norm
+    _measure(dtype, tiles, layout, weights, magnitude, sign, norms, COUNT=count, NORM=norm is not None)
+
+
+def charge(
+    tiles,
+    layout,
+    weights,
+    magnitude,
+    sign,
+    coefficients,
+    done,
+    law,
+    kind: str,
+    count: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Writes statistics, then each row's coefficients by a law of KINDS with the numbers `law` [2].
+
+    done: [rows] int32, zeros, and zeros again afterwards.
+    """
+    _charge(dtype, tiles, layout, weights, magnitude, sign, coefficients, done, law, KIND=kind, COUNT=count)
+
+
+def pull(tiles, layout, weights, targets, coefficients, scale, radial: bool, dtype: torch.dtype) -> None:
+    """gradients += scale · c_n · sgn(w), or scale · c_n · w/‖w_n‖₂ where `radial`; scale: 0-dim."""
+    _pull(dtype, tiles, layout, weights, targets, coefficients, scale, RADIAL=radial)
+
+
+def shrink(tiles, layout, weights, coefficients, rates, found_inf, radial: bool, dtype: torch.dtype) -> None:
+    """w ← sgn(w) · max(|w| − t, 0) at t = rates[row] · (1 − found_inf) · c_n, or its radial twin."""
+    _shrink(dtype, tiles, layout, weights, coefficients, rates, found_inf, RADIAL=radial)
