@@ -1,10 +1,10 @@
 .DEFAULT_GOAL := help
-.PHONY: help test coverage bench lint format
+.PHONY: help test coverage bench cuda-check lint format
 
 CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
 help:      ## list the targets
-	@grep -E '^[a-z]+: ' $(MAKEFILE_LIST) | sed 's/: *##/\t/' | expand -t 10
+	@grep -E '^[a-z-]+: ' $(MAKEFILE_LIST) | sed 's/: *##/\t/' | expand -t 12
 
 test:      ## quick tests
 	pytest
@@ -14,6 +14,10 @@ coverage:  ## quick tests, and which lines of efreg/ they miss
 
 bench:     ## benchmarks, one CSV row a figure
 	pytest bench --benchmark-only
+
+cuda-check: ## compile and link the CUDA operations for sm_75, sm_80 and sm_90; needs nvcc, no GPU
+	TORCH_EXTENSIONS_DIR=$$(mktemp -d) TORCH_CUDA_ARCH_LIST="7.5;8.0;9.0" \
+	    python -c "from efreg import native; print(native.load(native.CUDA))"
 
 lint:      ## what CI checks beside the tests
 	ruff check .

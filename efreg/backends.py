@@ -90,7 +90,7 @@ class Cpp(Backend):
     name = "cpp"
 
     def __init__(self, device):
-        self._module = native.load()
+        self._module = native.load(native.CPP)
 
     def measure(self, rows, *, sign, norm):
         magnitude, signs, norms = self._module.measure(rows.tensors, rows.dims, sign == "count", norm)
@@ -202,7 +202,9 @@ class Cuda(Launched):
     name = "cuda"
 
     def _load(self):
-        return native.load_cuda()
+        if torch.version.hip or not torch.cuda.is_available():
+            raise BackendUnavailable("there is no CUDA device here")
+        return native.load(native.CUDA)
 
 
 def _with_gradient(grads: Grads, rows: Rows) -> tuple[list[Tensor], Rows]:
@@ -212,9 +214,9 @@ def _with_gradient(grads: Grads, rows: Rows) -> tuple[list[Tensor], Rows]:
 
 
 def _on_device(factor: Scale, table: Table) -> Tensor:
-    """A factor as a 0-dim tensor where the table is."""
+    """A factor as a 0-dim tensor where the table is, of the statistics' dtype."""
     if isinstance(factor, Tensor) and factor.device.type != "cpu":
-        return factor.to(table.device, non_blocking=True)
+        return factor.to(table.magnitude, non_blocking=True)
     return constant(float(factor), table.magnitude.dtype, table.device)
 
 

@@ -57,6 +57,7 @@ def _state(name: str, device: torch.device) -> str:
         backends.select(name, device)
     except native.BackendUnavailable as error:
         return f"does not serve: {error}"
-    if name == "cpp":
-        return "serves, " + ("built ahead" if native.prebuilt() else "built at first use")
+    for extension in (native.CPP, native.CUDA):
+        if name == extension.name:
+            return "serves, " + ("built ahead" if native.prebuilt(extension) else "built at first use")
     return "serves"

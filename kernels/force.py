@@ -150,7 +150,7 @@ def _pull_tile(
     size = _known(size, ALIGNED, DTYPE)
     n = first + tl.arange(0, FILTERS)
     p_w, p_g = _pointers(weight, n, size, ALIGNED, DTYPE), _pointers(target, n, size, ALIGNED, DTYPE)
-    c = (tl.load(coefficients + n, mask=n < filters, other=0.0) * tl.load(scale).to(ACC))[:, None]
+    c = (tl.load(coefficients + n, mask=n < filters, other=0.0) * tl.load(scale))[:, None]
     acts = c != 0
     if RADIAL:
         c *= _inverse(_norms(p_w, acts, size, LANES, ACC))
@@ -175,7 +175,7 @@ def _shrink_tile(
     size = _known(size, ALIGNED, DTYPE)
     n = first + tl.arange(0, FILTERS)
     p = _pointers(weight, n, size, ALIGNED, DTYPE)
-    by = tl.load(rate) * (1 - tl.load(found_inf)).to(ACC)
+    by = tl.load(rate) * (1 - tl.load(found_inf))
     c = (tl.load(coefficients + n, mask=n < filters, other=0.0) * by)[:, None]
     acts = c != 0
     if RADIAL:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ except efreg.BackendUnavailable as error:
 
 
 def test_a_build_killed_midway_does_not_hang_the_next_start(tmp_path):
-    code = "from efreg import native; native.load(); print('built')"
+    code = "from efreg import native; native.load(native.CPP); print('built')"
     env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     first = subprocess.Popen(
         [sys.executable, "-c", code], env=env, start_new_session=True, stderr=subprocess.DEVNULL
@@ -76,26 +77,45 @@ def test_a_build_killed_midway_does_not_hang_the_next_start(tmp_path):
     assert list(tmp_path.glob("*.unfinished/lock")), "the build was over before it could be killed"
     done = run(code, tmp_path)
     assert done.stdout.strip() == "built", done.stderr
-    assert done.stderr.count("building the C++ operations") == 1
+    assert done.stderr.count("building the cpp operations") == 1
     again = run(code, tmp_path)
     assert again.stdout.strip() == "built" and "building" not in again.stderr
 
 
 def test_lost_symlinks_are_named_with_the_remedy(monkeypatch, tmp_path):
-    monkeypatch.setattr(native, "CPU_SOURCES", (tmp_path / "module.cpp",))
+    monkeypatch.setattr(native, "CPP", native.CPP._replace(sources=(tmp_path / "module.cpp",)))
     with pytest.raises(efreg.BackendUnavailable, match="core.symlinks"):
-        native.load.__wrapped__()
+        native.load.__wrapped__(native.CPP)
+
+
+def test_the_toolkit_is_where_nvcc_says_it_is(monkeypatch, tmp_path):
+    """The nvcc on the PATH may be a wrapper in another folder; CUDA_HOME goes before it."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho '#$ _HERE_=/opt/cuda-99/bin' >&2\n")
+    nvcc.chmod(0o755)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert native.toolkit() == Path("/opt/cuda-99")
+    monkeypatch.setenv("CUDA_HOME", "/opt/mine")
+    assert native.toolkit() == Path("/opt/mine")
+
+
+def test_a_missing_nvcc_is_named_with_the_remedy(monkeypatch):
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(native.shutil, "which", lambda *_, **__: None)
+    with pytest.raises(efreg.BackendUnavailable, match="nvcc is not here: .* set CUDA_HOME"):
+        native.toolkit()
 
 
 def test_the_modules_name_changes_with_torch_and_sources(monkeypatch, tmp_path):
     """A module built for another torch or from other sources is never found."""
-    name = native.module_name()
+    name = native.module_name(native.CPP)
     monkeypatch.setattr(torch, "__version__", "9.9.9")
-    assert native.module_name() != name
+    assert native.module_name(native.CPP) != name
 
 
 def test_cpp_refuses_tensors_that_do_not_fit():
-    module = native.load()
+    module = native.load(native.CPP)
     ones, c = torch.ones(2, 3), torch.ones(2)
     law = module.Law(module.Law.Kind.l1, 1.0, 0.0, True)
     for grads, weights, coefficients, offsets, message in [

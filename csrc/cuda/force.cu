@@ -1,0 +1,390 @@
+// The operations on CUDA tensors. The definition of each is in efreg/reference.py.
+
+#include "force.h"
+
+#include <ATen/Dispatch.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <cmath>
+#include <limits>
+
+namespace efreg::cuda {
+namespace {
+
+template <typename scalar_t>
+using acc_of = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+// What a thread loads and stores at a time.
+template <typename scalar_t>
+struct alignas(16) Vector {
+  static constexpr int kSize = 16 / sizeof(scalar_t);
+  scalar_t x[kSize];
+};
+
+// The arrays of a table as kernels/force.py lays them out.
+struct Table {
+  const int* tiles;
+  const int64_t* layout;
+  const int64_t* weights;
+};
+
+// The filters of one block, seen from one of its threads: filter n, of which the thread's numbers are those
+// at (v · threads + thread) · kSize + e of each stretch of threads · kEach.
+struct Tile {
+  int64_t row, weight, target, offset, start;
+  int filters, size, turn, n, thread, threads;
+
+  __device__ Tile(const Table& table, int64_t t) {
+    row = table.tiles[2 * t];
+    const auto* fields = table.layout + 4 * row;
+    filters = fields[0], size = fields[1], offset = fields[2], start = fields[3];
+    weight = target = table.weights[row], turn = 1;
+    const bool narrow = size <= kNarrowLanes;
+    threads = narrow ? kWarp : kThreads;
+    thread = threadIdx.x % threads;
+    n = table.tiles[2 * t + 1] + threadIdx.x / threads;
+  }
+
+  __device__ bool has_filter() const { return n < filters; }
+  __device__ bool wide() const { return threads == kThreads; }
+  __device__ int tiles() const { return wide() ? filters : (filters + kNarrowFilters - 1) / kNarrowFilters; }
+
+  template <typename scalar_t>
+  __device__ bool aligned() const {
+    return ((weight | target | size * static_cast<int64_t>(sizeof(scalar_t))) & 15) == 0 && turn == 1;
+  }
+
+  template <typename scalar_t>
+  __device__ scalar_t* filter(int64_t address) const {
+    return reinterpret_cast<scalar_t*>(address) + static_cast<int64_t>(n) * size;
+  }
+};
+
+template <typename T>
+__device__ T sgn(T x) {
+  return static_cast<T>(x > 0) - static_cast<T>(x < 0);
+}
+
+template <typename T>
+__device__ T finite_or_zero(T x) {
+  return isfinite(x) ? x : T(0);
+}
+
+// √(a² + b²) of numbers ≥ 0, without overflow on the way; NaN where both are 0.
+template <typename T>
+__device__ T hypotenuse(T a, T b) {
+  const T large = max(a, b), ratio = min(a, b) / large;
+  return large * sqrt(1 + ratio * ratio);
+}
+
+// Numbers i to i + kSize of a filter, 0 beyond its end.
+template <bool aligned, typename scalar_t>
+__device__ Vector<scalar_t> load(const scalar_t* p, int i, int size, int turn = 1) {
+  Vector<scalar_t> v{};
+  if constexpr (aligned) {
+    if (i < size) v = *reinterpret_cast<const Vector<scalar_t>*>(p + i);
+  } else {
+    for (int e = 0; e < v.kSize; ++e)
+      if (i + e < size) v.x[e] = p[(i + e) % turn * (size / turn) + (i + e) / turn];
+  }
+  return v;
+}
+
+template <bool aligned, typename scalar_t>
+__device__ void store(scalar_t* p, int i, int size, const Vector<scalar_t>& v) {
+  if constexpr (aligned) {
+    if (i < size) *reinterpret_cast<Vector<scalar_t>*>(p + i) = v;
+  } else {
+    for (int e = 0; e < v.kSize; ++e)
+      if (i + e < size) p[i + e] = v.x[e];
+  }
+}
+
+// Calls f(i, k) for each vector of this thread: where it begins, and which of the thread's kEach lanes is
+// first.
+template <typename scalar_t, typename F>
+__device__ void each_vector(const Tile& tile, const F& f) {
+  constexpr int kSize = Vector<scalar_t>::kSize;
+  for (int start = 0; start < tile.size; start += tile.threads * kEach)
+#pragma unroll
+    for (int k = 0; k < kEach; k += kSize) f(start + k * tile.threads + tile.thread * kSize, k);
+}
+
+// The sum over a filter's threads, neighbour to neighbour; every thread of the filter gets it.
+template <typename T>
+__device__ T over_threads(T x, bool wide) {
+  for (int other = 1; other < kWarp; other *= 2) x += __shfl_xor_sync(0xffffffff, x, other);
+  if (!wide) return x;
+  __shared__ T warps[kThreads / kWarp];
+  __syncthreads();  // the last sum has been read
+  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  return (warps[0] + warps[1]) + (warps[2] + warps[3]);
+}
+
+// Σ over the lanes of a filter in the order of kernels/force.py: _fold.
+template <typename scalar_t>
+__device__ acc_of<scalar_t> fold(acc_of<scalar_t> (&lanes)[kEach], bool wide) {
+  constexpr int kSize = Vector<scalar_t>::kSize;
+  for (int step = 1; step < kSize; step *= 2)
+    for (int k = 0; k < kEach; k += 2 * step) lanes[k] += lanes[k + step];
+  for (int k = 0; k < kEach; k += kSize) lanes[k] = over_threads(lanes[k], wide);
+  for (int step = kSize; step < kEach; step *= 2)
+    for (int k = 0; k < kEach; k += 2 * step) lanes[k] += lanes[k + step];
+  return lanes[0];
+}
+
+// ‖w_n‖₂ of the thread's filter.
+template <bool aligned, typename scalar_t>
+__device__ acc_of<scalar_t> norm_of(const Tile& tile) {
+  using acc_t = acc_of<scalar_t>;
+  acc_t squares[kEach] = {};
+  each_vector<scalar_t>(tile, [&](int i, int k) {
+    const auto w = load<aligned>(tile.filter<scalar_t>(tile.weight), i, tile.size);
+    for (int e = 0; e < w.kSize; ++e)
+      squares[k + e] += static_cast<acc_t>(w.x[e]) * static_cast<acc_t>(w.x[e]);
+  });
+  return sqrt(fold<scalar_t>(squares, tile.wide()));
+}
+
+template <bool aligned, typename scalar_t>
+__device__ void measure_filter(
+    const Tile& tile, bool count, acc_of<scalar_t>* magnitude, acc_of<scalar_t>* sign,
+    acc_of<scalar_t>* norm) {
+  using acc_t = acc_of<scalar_t>;
+  acc_t lengths[kEach] = {}, balances[kEach] = {};
+  each_vector<scalar_t>(tile, [&](int i, int k) {
+    const auto w = load<aligned>(tile.filter<scalar_t>(tile.weight), i, tile.size);
+    for (int e = 0; e < w.kSize; ++e) {
+      const auto x = static_cast<acc_t>(w.x[e]);
+      lengths[k + e] += abs(x);
+      balances[k + e] += count ? sgn(x) : x;
+    }
+  });
+  const auto m = fold<scalar_t>(lengths, tile.wide());
+  const auto balance = fold<scalar_t>(balances, tile.wide());
+  if (norm != nullptr) {
+    const auto length = norm_of<aligned, scalar_t>(tile);
+    if (tile.thread == 0) norm[tile.start + tile.n] = length;
+  }
+  if (tile.thread == 0) {
+    magnitude[tile.start + tile.n] = m;
+    sign[tile.start + tile.n] = isfinite(m) ? sgn(balance) : acc_t(0);
+  }
+}
+
+// w/‖w_n‖₂ needs the factor 1/‖w_n‖₂, and 0 where there is no direction.
+template <bool aligned, typename scalar_t>
+__device__ acc_of<scalar_t> inverse_norm(const Tile& tile) {
+  const auto norm = norm_of<aligned, scalar_t>(tile);
+  return norm > 0 && isfinite(norm) ? 1 / norm : acc_of<scalar_t>(0);
+}
+
+template <bool aligned, typename scalar_t>
+__device__ void pull_filter(const Tile& tile, acc_of<scalar_t> c, bool radial) {
+  using acc_t = acc_of<scalar_t>;
+  if (radial) c *= inverse_norm<aligned, scalar_t>(tile);
+  auto* target = tile.filter<scalar_t>(tile.target);
+  each_vector<scalar_t>(tile, [&](int i, int) {
+    const auto w = load<aligned>(tile.filter<scalar_t>(tile.weight), i, tile.size, tile.turn);
+    auto g = load<aligned>(target, i, tile.size);
+    for (int e = 0; e < w.kSize; ++e) {
+      const auto x = static_cast<acc_t>(w.x[e]);
+      g.x[e] = static_cast<scalar_t>(static_cast<acc_t>(g.x[e]) + c * (radial ? x : sgn(x)));
+    }
+    store<aligned>(target, i, tile.size, g);
+  });
+}
+
+template <bool aligned, typename scalar_t>
+__device__ void shrink_filter(const Tile& tile, acc_of<scalar_t> c, bool radial) {
+  using acc_t = acc_of<scalar_t>;
+  const auto kept = radial ? max(1 - c * inverse_norm<aligned, scalar_t>(tile), acc_t(0)) : acc_t(0);
+  auto* weight = tile.filter<scalar_t>(tile.weight);
+  each_vector<scalar_t>(tile, [&](int i, int) {
+    auto w = load<aligned>(weight, i, tile.size);
+    for (int e = 0; e < w.kSize; ++e) {
+      const auto x = static_cast<acc_t>(w.x[e]);
+      w.x[e] = static_cast<scalar_t>(radial ? x * kept : sgn(x) * max(abs(x) - c, acc_t(0)));
+    }
+    store<aligned>(weight, i, tile.size, w);
+  });
+}
+
+// The source of a layer: the largest finite magnitude, −1 if there is none, and the first filter that has it.
+template <typename T>
+struct Source {
+  T magnitude;
+  int n;
+
+  __device__ void consider(const Source& other) {
+    if (other.magnitude > magnitude || (other.magnitude == magnitude && other.n < n)) *this = other;
+  }
+};
+
+// Called by all threads of a block; each gets the answer.
+template <typename T>
+__device__ Source<T> source_of(const T* magnitude, int filters) {
+  Source<T> best{T(-1), 0};
+  for (int n = threadIdx.x; n < filters; n += kThreads)
+    if (const T m = __ldcg(magnitude + n); isfinite(m)) best.consider({m, n});
+  __shared__ T magnitudes[kThreads];
+  __shared__ int indices[kThreads];
+  magnitudes[threadIdx.x] = best.magnitude, indices[threadIdx.x] = best.n;
+  __syncthreads();
+  for (int t = 0; t < kThreads; ++t) best.consider({magnitudes[t], indices[t]});
+  return best;
+}
+
+// efreg/laws.py: Electrostatic.coefficients
+template <typename T>
+__device__ void electrostatic(const T* magnitude, const T* sign, T* coefficients, int filters, const T* law) {
+  const auto source = source_of(magnitude, filters);
+  const T s_src = __ldcg(sign + source.n);
+  const T softening = law[1] * source.magnitude;
+  for (int n = threadIdx.x; n < filters; n += kThreads) {
+    const T m = __ldcg(magnitude + n), s = __ldcg(sign + n);
+    const T r = hypotenuse(abs(s_src * source.magnitude - s * m), softening);
+    const bool acts = n != source.n && s != 0 && s_src != 0 && isfinite(m);
+    coefficients[n] = acts ? finite_or_zero((law[0] / r) * (source.magnitude / r)) : T(0);
+  }
+}
+
+// efreg/laws.py: L1.coefficients
+template <typename T>
+__device__ void l1(const T* magnitude, T* coefficients, int filters, const T* law) {
+  for (int n = threadIdx.x; n < filters; n += kThreads)
+    coefficients[n] = isfinite(__ldcg(magnitude + n)) ? law[0] : T(0);
+}
+
+template <typename scalar_t>
+__device__ void measure_tile(
+    const Tile& tile, bool count, acc_of<scalar_t>* magnitude, acc_of<scalar_t>* sign,
+    acc_of<scalar_t>* norm) {
+  if (!tile.has_filter()) return;
+  if (tile.aligned<scalar_t>())
+    measure_filter<true, scalar_t>(tile, count, magnitude, sign, norm);
+  else
+    measure_filter<false, scalar_t>(tile, count, magnitude, sign, norm);
+}
+
+template <typename scalar_t>
+__global__ void __launch_bounds__(kThreads) measure_kernel(
+    Table table, acc_of<scalar_t>* magnitude, acc_of<scalar_t>* sign, acc_of<scalar_t>* norm, bool count) {
+  measure_tile<scalar_t>(Tile(table, blockIdx.x), count, magnitude, sign, norm);
+}
+
+template <typename scalar_t>
+__global__ void __launch_bounds__(kThreads) charge_kernel(
+    Table table, acc_of<scalar_t>* magnitude, acc_of<scalar_t>* sign, acc_of<scalar_t>* coefficients,
+    int* done, const acc_of<scalar_t>* law, bool is_electrostatic, bool count) {
+  const Tile tile(table, blockIdx.x);
+  measure_tile<scalar_t>(tile, count, magnitude, sign, nullptr);
+  // The last block of a row to come here finds all statistics written. It applies the law.
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(done + tile.row, 1) == tile.tiles() - 1;
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  const auto *m = magnitude + tile.start, *s = sign + tile.start;
+  if (is_electrostatic)
+    electrostatic(m, s, coefficients + tile.offset, tile.filters, law);
+  else
+    l1(m, coefficients + tile.offset, tile.filters, law);
+  if (threadIdx.x == 0) done[tile.row] = 0;
+}
+
+template <typename scalar_t>
+__global__ void __launch_bounds__(kThreads) pull_kernel(
+    Table table, const int64_t* targets, const acc_of<scalar_t>* coefficients, const acc_of<scalar_t>* scale,
+    bool radial) {
+  Tile tile(table, gridDim.x - 1 - blockIdx.x);  // backwards: what was measured last is still in the cache
+  tile.target = targets[2 * tile.row], tile.turn = targets[2 * tile.row + 1];
+  if (tile.target == 0 || !tile.has_filter()) return;
+  const auto c = coefficients[tile.offset + tile.n] * *scale;
+  if (c == 0) return;
+  if (tile.aligned<scalar_t>())
+    pull_filter<true, scalar_t>(tile, c, radial);
+  else
+    pull_filter<false, scalar_t>(tile, c, radial);
+}
+
+template <typename scalar_t>
+__global__ void __launch_bounds__(kThreads) shrink_kernel(
+    Table table, const acc_of<scalar_t>* coefficients, const acc_of<scalar_t>* rates,
+    const acc_of<scalar_t>* found_inf, bool radial) {
+  const Tile tile(table, gridDim.x - 1 - blockIdx.x);
+  if (!tile.has_filter()) return;
+  const auto c = coefficients[tile.offset + tile.n] * (rates[tile.row] * (1 - *found_inf));
+  if (c == 0) return;
+  if (tile.aligned<scalar_t>())
+    shrink_filter<true, scalar_t>(tile, c, radial);
+  else
+    shrink_filter<false, scalar_t>(tile, c, radial);
+}
+
+Table table_of(const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights) {
+  for (const auto& array : {tiles, layout, weights})
+    TORCH_CHECK(array.is_cuda() && array.is_contiguous(), "efreg: expected the arrays of a table on a GPU");
+  return {tiles.const_data_ptr<int>(), layout.const_data_ptr<int64_t>(), weights.const_data_ptr<int64_t>()};
+}
+
+}  // namespace
+
+// Runs its last argument with scalar_t and acc_t, and launches `kernel<scalar_t>` for each of the tiles.
+#define LAUNCH(tiles, dtype, kernel, ...)                                                     \
+  if (const auto blocks = tiles.size(0)) {                                                    \
+    const c10::cuda::CUDAGuard guard(tiles.device());                                         \
+    const auto stream = c10::cuda::getCurrentCUDAStream();                                    \
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "efreg::" #kernel, [&] { \
+      using acc_t = acc_of<scalar_t>;                                                         \
+      kernel<scalar_t><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(__VA_ARGS__);  \
+      C10_CUDA_KERNEL_LAUNCH_CHECK();                                                         \
+    });                                                                                       \
+  }
+
+void measure(
+    const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights, const at::Tensor& magnitude,
+    const at::Tensor& sign, const std::optional<at::Tensor>& norm, bool count, at::ScalarType dtype) {
+  const auto table = table_of(tiles, layout, weights);
+  LAUNCH(
+      tiles, dtype, measure_kernel, table, magnitude.data_ptr<acc_t>(), sign.data_ptr<acc_t>(),
+      norm ? norm->data_ptr<acc_t>() : nullptr, count);
+}
+
+void charge(
+    const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights, const at::Tensor& magnitude,
+    const at::Tensor& sign, const at::Tensor& coefficients, const at::Tensor& done, const at::Tensor& law,
+    const std::string& kind, bool count, at::ScalarType dtype) {
+  TORCH_CHECK(kind == "electrostatic" || kind == "l1", "efreg: no kernel knows the law ", kind);
+  const auto table = table_of(tiles, layout, weights);
+  LAUNCH(
+      tiles, dtype, charge_kernel, table, magnitude.data_ptr<acc_t>(), sign.data_ptr<acc_t>(),
+      coefficients.data_ptr<acc_t>(), done.data_ptr<int>(), law.const_data_ptr<acc_t>(),
+      kind == "electrostatic", count);
+}
+
+void pull(
+    const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights, const at::Tensor& targets,
+    const at::Tensor& coefficients, const at::Tensor& scale, bool radial, at::ScalarType dtype) {
+  const auto table = table_of(tiles, layout, weights);
+  LAUNCH(
+      tiles, dtype, pull_kernel, table, targets.const_data_ptr<int64_t>(),
+      coefficients.const_data_ptr<acc_t>(), scale.const_data_ptr<acc_t>(), radial);
+}
+
+void shrink(
+    const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights,
+    const at::Tensor& coefficients, const at::Tensor& rates, const at::Tensor& found_inf, bool radial,
+    at::ScalarType dtype) {
+  const auto table = table_of(tiles, layout, weights);
+  LAUNCH(
+      tiles, dtype, shrink_kernel, table, coefficients.const_data_ptr<acc_t>(), rates.const_data_ptr<acc_t>(),
+      found_inf.const_data_ptr<acc_t>(), radial);
+}
+
+}  // namespace efreg::cuda

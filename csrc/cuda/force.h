@@ -1,0 +1,44 @@
+// The operations on the filters of a whole model, one launch each, in CUDA C++: the twin of kernels/force.py,
+// which says what the arrays hold. Weights and gradients are behind the addresses in them, of type `dtype`;
+// statistics, coefficients, rates, scale and the law's numbers are float, or double for double weights.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string>
+
+namespace efreg::cuda {
+
+// A program has kThreads threads, each of which holds kEach numbers at a time: a warp's for a narrow filter,
+// the block's for a wide one. Equal to NARROW and WIDE in kernels/launch.py, by which the tiles are cut.
+constexpr int kThreads = 128;
+constexpr int kEach = 8;
+constexpr int kWarp = 32;
+constexpr int kNarrowLanes = kWarp * kEach;
+constexpr int kWideLanes = kThreads * kEach;
+constexpr int kNarrowFilters = kThreads / kWarp;
+
+// Writes the statistics of all filters, row behind row; `norm` where it is given.
+void measure(
+    const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights, const at::Tensor& magnitude,
+    const at::Tensor& sign, const std::optional<at::Tensor>& norm, bool count, at::ScalarType dtype);
+
+// Writes statistics, then each row's coefficients. `done` holds zeros, and zeros again afterwards.
+void charge(
+    const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights, const at::Tensor& magnitude,
+    const at::Tensor& sign, const at::Tensor& coefficients, const at::Tensor& done, const at::Tensor& law,
+    const std::string& kind, bool count, at::ScalarType dtype);
+
+// gradients += scale · c_n · sgn(w), or scale · c_n · w/‖w_n‖₂ where `radial`.
+void pull(
+    const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights, const at::Tensor& targets,
+    const at::Tensor& coefficients, const at::Tensor& scale, bool radial, at::ScalarType dtype);
+
+// w ← sgn(w) · max(|w| − t, 0) at t = rates[row] · (1 − found_inf) · c_n, or its radial twin.
+void shrink(
+    const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights,
+    const at::Tensor& coefficients, const at::Tensor& rates, const at::Tensor& found_inf, bool radial,
+    at::ScalarType dtype);
+
+}  // namespace efreg::cuda
