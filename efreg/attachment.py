@@ -82,38 +82,41 @@ class _Group:
         self.members = self.measured if weights_alone else Rows(*zip(*members))
         self.coefficients = _flat_coefficients(layers)
         self.kept = self.measured.cut(self.coefficients)
-        self.due: list[int] = []
+        self.due = [i for i, layer in enumerate(layers) if layer.coefficient is None]
         for layer, kept in zip(layers, self.kept):
             layer.coefficient = None if layer.coefficient is None else kept
-        self._modules = [weakref.ref(layer.module) for layer in layers]
+        self._all_kept = False
+        self._gone = False
+        self._modules = [weakref.ref(layer.module, self._lose) for layer in layers]
         self._parameters = [layer.module._parameters for layer in layers]
         self._known = self._look()
-
-    def _look(self) -> tuple[list, ...]:
-        """What is compared at every step, and cheap: a step has microseconds."""
-        weights = self.measured.tensors
-        return [w.data_ptr() for w in weights], [w.numel() for w in weights], [w.dtype for w in weights]
 
     def is_current(self) -> bool:
         """Whether the weights are still those that the group was made of, where they were."""
         weights = [parameters.get("weight") for parameters in self._parameters]
         return (
-            all(map(is_, weights, self.measured.tensors))
-            and None not in [module() for module in self._modules]
-            and self._look() == self._known
+            all(map(is_, weights, self.measured.tensors)) and self._look() == self._known and not self._gone
         )
+
+    def _look(self) -> tuple:
+        """What is compared at every step, with little time for each layer."""
+        weights = self.measured.tensors
+        return list(map(Tensor.data_ptr, weights)), list(map(Tensor.numel, weights)), weights[0].dtype
+
+    def _lose(self, _: weakref.ref) -> None:
+        self._gone = True
 
     def count_step(self, refresh: int | None) -> None:
         """One more optimizer step: finds the layers whose charges are to be taken in it."""
         if refresh == 1:
             self.due = range(len(self.layers))
-            return
-        for layer in self.layers if refresh else ():
-            if layer.steps >= refresh:
-                layer.coefficient = None
-            layer.steps = 1 if layer.coefficient is None else layer.steps + 1
-        self.due = [i for i, layer in enumerate(self.layers) if layer.coefficient is None]
-        if capturing(self.device) and (refresh or self.due):
+        elif refresh:
+            for layer in self.layers:
+                if layer.steps >= refresh:
+                    layer.coefficient, self._all_kept = None, False
+                layer.steps = 1 if layer.coefficient is None else layer.steps + 1
+            self.due = [i for i, layer in enumerate(self.layers) if layer.coefficient is None]
+        if refresh != 1 and (refresh or self.due) and capturing(self.device):
             raise RuntimeError(
                 f"refresh={refresh} counts steps, which the replays of a CUDA graph do not: "
                 "capture with refresh=1, or with refresh=None after a step that has taken the charges"
@@ -144,8 +147,10 @@ class _Group:
         self.backend.shrink(self.members, self.coefficients, rates=rates, found_inf=found_inf, radial=radial)
 
     def _keep(self) -> None:
-        for i in self.due:
-            self.layers[i].coefficient = self.kept[i]
+        if not self._all_kept:
+            for i in self.due:
+                self.layers[i].coefficient = self.kept[i]
+            self._all_kept = len(self.due) == len(self.layers)
         self.due = []
 
 
@@ -201,6 +206,7 @@ class Attachment:
 
     def refresh(self) -> None:
         """Charges are taken anew at the next optimizer step."""
+        self._groups.clear()
         for layer in self._layers:
             layer.coefficient = None
 

@@ -98,7 +98,7 @@ class Table:
         self.done = torch.zeros(len(filters), dtype=torch.int32, device=self.device)
         self._sent_targets = Sent(torch.int64, self.device)
         self._sent_rates, self._sent_law = Sent(acc, self.device), Sent(acc, self.device)
-        self._seen: list = []
+        self._seen: tuple = ()
 
     def read(self, rows: Rows) -> None:
         """Renews the dense copies of weights that are not dense."""
@@ -115,7 +115,9 @@ class Table:
 
         Raises ValueError for a gradient whose shape, dtype or device is not its weight's.
         """
-        seen = [(0, ()) if g is None else (g.data_ptr(), g.stride()) for g in grads]
+        there = [grad for grad in grads if grad is not None]
+        missing = [i for i, grad in enumerate(grads) if grad is None] if len(there) < len(grads) else []
+        seen = missing, list(map(Tensor.data_ptr, there)), list(map(Tensor.stride, there))
         if seen == self._seen:
             return self._sent_targets.last, []
         found = [(None, 1) if grad is None else self._target(i, grad, rows) for i, grad in enumerate(grads)]
@@ -124,7 +126,7 @@ class Table:
             for grad, dim, (target, _) in zip(grads, rows.dims, found)
             if target is not grad
         ]
-        self._seen = [] if copies or capturing(self.device) else seen
+        self._seen = () if copies or capturing(self.device) else seen
         return self._sent_targets([(0 if t is None else t.data_ptr(), turn) for t, turn in found]), copies
 
     def law(self, strength: float, softening: float) -> Tensor:

@@ -333,11 +333,11 @@ class _Launcher:
         programs, device = len(tensors[0]), tensors[0].device
         if programs == 0:
             return
-        key = (device, dtype, *constants.values(), *(tensor.dtype for tensor in tensors))
+        key = (device, dtype, *constants.values())
         with _current(device):
             if compiled := self._compiled.get(key):
                 kernel, constants = compiled
-                kernel[programs, 1, 1](*(tensor.data_ptr() for tensor in tensors), *constants)
+                kernel[programs, 1, 1](*map(torch.Tensor.data_ptr, tensors), *constants)
             else:
                 constants |= {"DTYPE": TYPES[dtype], "ACC": TYPES[_accumulator(dtype)]}
                 kernel = self._kernel[programs,](*tensors, **constants, **_options())

@@ -1,0 +1,220 @@
+"""The Triton kernels as compiled for GPUs, which need not be there: no spills, 16 bytes at a time, the barrier.
+
+The tests run in a process in which Triton interprets. Run as a script, this file is the process that compiles.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from efreg.kernels import launch
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGETS = [("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)]
+SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+# Both values of every flag, but not each with each of another: no two decide about the same lines.
+VARIANTS = {
+    "measure": [{"COUNT": True, "NORM": False}, {"COUNT": False, "NORM": True}],
+    "charge": [{"KIND": "electrostatic", "COUNT": True}, {"KIND": "l1", "COUNT": False}],
+    "pull": [{"RADIAL": False}, {"RADIAL": True}],
+    "shrink": [{"RADIAL": False}, {"RADIAL": True}],
+}
+
+# What an argument points to, where that is not a statistic, a coefficient or a scale.
+POINTEES = {
+    "tiles": "i32",
+    "layout": "i64",
+    "weights": "i64",
+    "targets": "i64",
+    "done": "i32",
+    "found_inf": "fp32",
+}
+
+
+def compile_all(backend, arch, warp_size):
+    """One dict for each kernel, dtype and variant: what it is, its code, and what it takes."""
+    from types import SimpleNamespace
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from efreg.kernels import force
+
+    target = GPUTarget(backend, arch, warp_size)
+    triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: target))
+    types = {str(dtype).removeprefix("torch."): type_ for dtype, type_ in force.TYPES.items()}
+    assert types.keys() == SIZES.keys()
+    assert [flags["KIND"] for flags in VARIANTS["charge"]] == [*force.KINDS]
+    for name, variants in VARIANTS.items():
+        kernel = getattr(force, f"{name}_kernel")
+        for dtype in SIZES:
+            acc = types["float64" if dtype == "float64" else "float32"]
+            for flags in variants:
+                constants = {**flags, "DTYPE": types[dtype], "ACC": acc}
+                signature = {
+                    argument: "constexpr" if argument in constants else f"*{POINTEES.get(argument, acc.name)}"
+                    for argument in kernel.arg_names
+                }
+                source = ASTSource(kernel, signature, constants, {})
+                compiled = triton.compile(source, target=target, options=force._options())
+                code = compiled.asm["ptx" if backend == "cuda" else "amdgcn"]
+                taken = used_on_nvidia(compiled.asm["cubin"]) if backend == "cuda" else used_on_amd(code)
+                taken["SHARED"] = compiled.metadata.shared
+                yield {"name": name, "dtype": dtype, "flags": flags, "code": code, "taken": taken}
+
+
+def used_on_nvidia(cubin):
+    """REG, STACK, LOCAL, ... of a kernel in machine code."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", text)}
+
+
+def used_on_amd(code):
+    """vgpr_count, vgpr_spill_count, ... of a kernel, from its metadata."""
+    metadata = code[code.index("amdhsa.kernels:") :]
+    return {key: int(value) for key, value in re.findall(r"^    \.(\w+): +(\d+)$", metadata, re.M)}
+
+
+NO_MEMORY = {
+    "cuda": ["STACK", "LOCAL"],
+    "hip": ["private_segment_fixed_size", "sgpr_spill_count", "vgpr_spill_count"],
+}
+REGISTERS = {"cuda": "REG", "hip": "vgpr_count"}
+
+
+@pytest.fixture(scope="module", params=TARGETS, ids=lambda target: str(target[1]))
+def target(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def compiled(target, tmp_path_factory):
+    """What compile_all yields, compiled anew in another process."""
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    cache = str(tmp_path_factory.mktemp("triton"))
+    environment = {**os.environ, "PYTHONPATH": paths, "TRITON_CACHE_DIR": cache}
+    del environment["TRITON_INTERPRET"]
+    command = [sys.executable, __file__, json.dumps(target)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def report(kernels):
+    """A line for each kernel, for the messages of failures."""
+    register = next(key for key in REGISTERS.values() if key in kernels[0]["taken"])
+    rows = [f"{'kernel':<8} {'dtype':<9} {'registers':>9} {'shared':>7}  flags"]
+    for kernel in kernels:
+        registers, shared = kernel["taken"][register], kernel["taken"]["SHARED"]
+        rows.append(f"{kernel['name']:<8} {kernel['dtype']:<9} {registers:>9} {shared:>7}  {kernel['flags']}")
+    return "\n" + "\n".join(rows)
+
+
+def instructions(code):
+    """Opcodes with operands, and the labels that can be jumped to; no comments, predicates and line ends."""
+    for line in code.splitlines():
+        line = re.sub(r"^@!?%\w+\s+", "", re.split(r"//|;", line)[0].strip())
+        if re.match(r"\w|[$.]L(__)?BB", line):
+            yield line
+
+
+def access(instruction):
+    """("ld" or "st", its bytes for each thread) of an access to global memory, else None."""
+    opcode = instruction.split()[0]
+    if match := re.fullmatch(r"(ld|st)\.global(?:\.v(\d))?\.[bfsu](\d+)", opcode):
+        kind, numbers, bits = match.groups()
+        return kind, int(numbers or 1) * int(bits) // 8
+    if match := re.fullmatch(r"(?:global|flat)_(load|store)_([a-z]+)(?:x(\d))?(?:_d16)?(?:_hi)?", opcode):
+        kind, unit, numbers = match.groups()
+        bytes_ = {"byte": 1, "ubyte": 1, "sbyte": 1, "short": 2, "ushort": 2, "sshort": 2, "dword": 4}[unit]
+        return {"load": "ld", "store": "st"}[kind], bytes_ * int(numbers or 1)
+    return None
+
+
+@pytest.mark.parametrize("dtype", SIZES)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_registers_suffice(compiled, target, name, dtype):
+    """Nothing is spilled, and nothing lies on a stack."""
+    for kernel in pick(compiled, name, dtype):
+        taken = {key: kernel["taken"][key] for key in NO_MEMORY[target[0]]}
+        assert not any(taken.values()), f"{kernel['flags']}: {taken}{report(compiled)}"
+        assert not re.search(r"\.local\b|\bscratch_(load|store)", kernel["code"]), kernel["flags"]
+
+
+@pytest.mark.parametrize("dtype", SIZES)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_sixteen_bytes_at_a_time_where_aligned(compiled, name, dtype):
+    """Each pass over a tile is there twice for either width: 16 bytes at a time, and number for number.
+
+    A thread has filters · lanes / THREADS numbers of a tile. They are passed over once for the weight and once
+    for the gradient, and once more for the weights' norm.
+    """
+    each = [tile.filters * tile.lanes // launch.THREADS for tile in (launch.NARROW, launch.WIDE)]
+    wide, single = sum(numbers * SIZES[dtype] // 16 for numbers in each), sum(each)
+    for kernel in pick(compiled, name, dtype):
+        flags = kernel["flags"]
+        loads = 1 + (name == "pull") + (flags.get("NORM", False) or flags.get("RADIAL", False))
+        stores = int(name in ("pull", "shrink"))
+        found = Counter(map(access, instructions(kernel["code"])))
+        del found[None]
+        for kind, passes in {"ld": loads, "st": stores}.items():
+            enough = found[kind, 16] >= passes * wide and found[kind, SIZES[dtype]] >= passes * single
+            assert enough, f"{flags}: {passes} passes, {found}{report(compiled)}"
+
+
+@pytest.mark.parametrize("dtype", SIZES)
+def test_barrier_before_the_counter(compiled, target, dtype):
+    """All threads meet between their last store of a statistic and the atomic that counts their program.
+
+    One thread does the atomic. Its release orders what that thread wrote or has seen; what the others wrote is
+    seen only behind a barrier. Without it the program that applies the law may read statistics of an earlier
+    step, rarely. The interpreter runs one program after the other, and race checkers look at shared memory or
+    at races without atomics: neither would notice.
+
+    No label may stand between barrier and atomic, so that no way leads around the barrier.
+    """
+    barrier, atomic = {
+        "cuda": (r"bar(rier)?(\.cta)?\.sync\b", r"atom\."),
+        "hip": (r"s_barrier\b", r"(global|flat)_atomic_"),
+    }[target[0]]
+    for kernel in pick(compiled, "charge", dtype):
+        code = list(instructions(kernel["code"]))
+        [at] = [i for i, line in enumerate(code) if re.match(atomic, line)]
+        assert any(access(line) == ("st", max(SIZES[dtype], 4)) for line in code[:at])
+        entry = max(i for i in range(at) if re.match(r"[$.]L", code[i]))
+        barriers = [i for i in range(entry, at) if re.match(barrier, code[i])]
+        message = "\n".join([str(kernel["flags"]), *code[entry : at + 3]])
+        assert barriers, message
+        between = code[barriers[-1] : at]
+        assert not any((access(line) or "")[:1] == ("st",) for line in between), message
+        if target[0] == "cuda":
+            assert {"global", "acq_rel", "gpu"} <= set(code[at].split()[0].split(".")), message
+        else:  # as written for gfx942: release to and acquire from the other programs of the GPU
+            release = "\n".join(between)
+            assert re.search(r"buffer_wbl2 sc1\n(?s:.*)s_waitcnt .*vmcnt\(0\)", release), message
+            assert re.match(r"s_waitcnt .*vmcnt\(0\)\nbuffer_inv sc1", "\n".join(code[at + 1 : at + 3])), message
+
+
+def pick(compiled, name, dtype):
+    kernels = [kernel for kernel in compiled if (kernel["name"], kernel["dtype"]) == (name, dtype)]
+    assert [kernel["flags"] for kernel in kernels] == VARIANTS[name]
+    return kernels
+
+
+if __name__ == "__main__":
+    json.dump(list(compile_all(*json.loads(sys.argv[1]))), sys.stdout)
