@@ -1,0 +1,341 @@
+"""What a GPU must show: every backend against float64, the same bits a hundred times, no waiting, graphs.
+
+    TRITON_INTERPRET=0 pytest -m gpu tests/test_gpu.py
+
+The numbers are new at every run; the tests' names show the seed, and EFREG_TEST_SEED repeats it.
+EFREG_TEST_DEVICE=cpu runs what can run on the CPU, with the Triton kernels interpreted: a test of this file, not
+of the backends.
+"""
+
+import copy
+import math
+import os
+import time
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from torch import nn
+
+import efreg
+from efreg import backends
+from efreg.reference import accumulator
+from efreg.table import Rows
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device(os.environ.get("EFREG_TEST_DEVICE", "cuda"))
+ON_GPU = DEVICE.type == "cuda"
+BACKENDS = ["triton", "cuda", "reference"] if ON_GPU else ["triton", "reference"]
+REPEATS = 100 if ON_GPU else 2
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+SEED = int(os.environ.get("EFREG_TEST_SEED", time.time_ns() % 2**31))
+SHAPES = [(1, 1), (9, 9), (4, 3, 3, 3), (6, 63), (3, 256), (2, 257), (0, 5), (5, 0)]
+if ON_GPU:
+    SHAPES += [(4096, 9), (257, 63), (130, 64, 1, 1), (33, 255), (17, 576), (64, 1000), (10, 4608)]
+    SHAPES += [(3, 25000), (512, 1024), (1, 100000)]
+LAWS = [
+    efreg.Electrostatic(1e-12),
+    efreg.Electrostatic(1e-12, sign="sum"),
+    efreg.Electrostatic(1e-12, softening=0.3),
+    efreg.L1(1e-2),
+]
+
+only_on_a_gpu = pytest.mark.skipif(not ON_GPU, reason="CPU tensors have no streams and no graphs")
+
+
+@pytest.fixture(autouse=True, params=[SEED], ids="seed={}".format)
+def new_numbers(request):
+    torch.manual_seed(request.param)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return backends.select(request.param, DEVICE)
+
+
+def exactly(tensor):
+    """A copy in float64, on the CPU."""
+    return tensor.to("cpu", torch.float64, copy=True)
+
+
+def eps(dtype):
+    return torch.finfo(dtype).eps
+
+
+def rounding(backend, exact, dtype):
+    """Half the distance between neighbours; Triton's interpreter cuts bfloat16 off and needs the whole."""
+    part = 1.0 if (dtype, ON_GPU, backend.name) == (torch.bfloat16, False, "triton") else 0.5
+    return part * eps(dtype) * exact.abs().clamp_min(torch.finfo(dtype).tiny)
+
+
+def tensors(shapes, dtype):
+    return [torch.randn(shape, dtype=torch.float64).to(dtype).to(DEVICE) for shape in shapes]
+
+
+def misaligned(tensor, shift):
+    """A copy that begins `shift` numbers into a buffer."""
+    buffer = torch.full((tensor.numel() + shift + 8,), math.nan, dtype=tensor.dtype, device=tensor.device)
+    return buffer[shift : shift + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+def rows_of(weights):
+    return Rows.of(weights, [0] * len(weights))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("law", LAWS, ids=str)
+def test_force_against_float64(backend, dtype, shift, law):
+    """Magnitudes against exact sums, coefficients against the law on these, gradients against both."""
+    weights, acc = [misaligned(w, shift) for w in tensors(SHAPES, dtype)], accumulator(dtype)
+    grads = [misaligned(g, shift) for g in tensors(SHAPES, dtype)]
+    before, rows = [exactly(g) for g in grads], rows_of(weights)
+    c = torch.full((sum(map(len, weights)),), math.nan, dtype=acc, device=DEVICE)
+    backend.force(grads, rows, c, law, scale=2.0)
+    measured = rows.charges(*backend.measure(rows, sign=law.sign, norm=False))
+    for w, g, g0, charges, cut in zip(weights, grads, before, measured, rows.cut(c), strict=True):
+        m, s, w = exactly(charges.magnitude), exactly(charges.sign), w.cpu()
+        plain = w.to(acc).abs().flatten(1).sum(1).double() if w.numel() else m
+        exact = torch.from_numpy(oracle.magnitudes(w)).double()
+        bound = torch.maximum(2 * (plain - exact).abs().max() if len(m) else m, eps(acc) * exact)
+        assert ((m - exact).abs() <= bound).all()
+        assert s.tolist() == oracle.signs(w, by=law.sign).tolist()
+        expected = law.of(efreg.Charges(m, s, charges.size))
+        torch.testing.assert_close(exactly(cut), expected, rtol=4 * eps(acc), atol=0)
+        added = 2 * exactly(cut).view(-1, *[1] * (w.ndim - 1)) * w.double().sign()
+        allowed = rounding(backend, g0 + added, dtype) + 4 * eps(acc) * (g0.abs() + added.abs())
+        assert ((exactly(g) - (g0 + added)).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("radial", [False, True])
+def test_pull_and_shrink_against_float64(backend, dtype, shift, radial):
+    weights, acc = [misaligned(w, shift) for w in tensors(SHAPES, dtype)], accumulator(dtype)
+    grads, rows = [misaligned(g, shift) for g in tensors(SHAPES, dtype)], rows_of(weights)
+    c = torch.rand(sum(map(len, weights)), device=DEVICE).to(acc)
+    old = [(exactly(w), exactly(g)) for w, g in zip(weights, grads, strict=True)]
+    backend.pull(grads, rows, c, scale=3.0, radial=radial)
+    backend.shrink(rows, c, rates=[0.7] * len(weights), radial=radial)
+    for w, g, (w0, g0), cut in zip(weights, grads, old, rows.cut(c), strict=True):
+        cut = exactly(cut).view(-1, *[1] * (w0.ndim - 1))
+        norm = w0.flatten(1).norm(dim=1).view(cut.shape)
+        direction = torch.where(norm > 0, w0 / norm, 0) if radial else w0.sign()
+        shrunk = w0 - torch.minimum(0.7 * cut, norm if radial else w0.abs()) * direction
+        roundings = 4 + math.sqrt(w0[0].numel() if len(w0) else 0) if radial else 4
+        for got, want, terms in [
+            (g, g0 + 3 * cut * direction, g0.abs() + 3 * cut),
+            (w, shrunk, w0.abs() + cut),
+        ]:
+            allowed = rounding(backend, want, dtype) + roundings * eps(acc) * terms
+            assert ((exactly(got) - want).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norms(backend, dtype):
+    weights = [w for w in tensors(SHAPES, dtype) if w.numel()]
+    for w, charges in zip(
+        weights,
+        rows_of(weights).charges(*backend.measure(rows_of(weights), sign="sum", norm=True)),
+        strict=True,
+    ):
+        exact = w.double().flatten(1).norm(dim=1).cpu().numpy()
+        np.testing.assert_allclose(
+            charges.norm.double().cpu().numpy(), exact, rtol=8 * eps(accumulator(dtype))
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_aligned_or_not_the_bits_are_the_same(dtype):
+    """The order of summation is one; so are the two compiled backends, where both are."""
+    weights, found = tensors(SHAPES, dtype), []
+    for name in [name for name in BACKENDS if name != "reference"]:
+        for shift in range(5 if ON_GPU else 2):
+            rows = rows_of([misaligned(w, shift) for w in weights])
+            found.append(backends.select(name, DEVICE).measure(rows, sign="sum", norm=True))
+    for statistics in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(statistics, found[0], strict=True))
+
+
+@pytest.mark.parametrize(
+    "orders", [("contiguous", "last"), ("last", "contiguous"), ("last", "last")], ids=str
+)
+def test_weight_and_gradient_of_different_strides(backend, orders):
+    formats = {"contiguous": torch.contiguous_format, "last": torch.channels_last}
+    shape = (6, 8, 3, 3) if ON_GPU else (2, 4, 3, 3)
+    weight, grad = (
+        t.contiguous(memory_format=formats[o])
+        for t, o in zip(tensors([shape] * 2, torch.float32), orders, strict=True)
+    )
+    c = torch.rand(shape[0], device=DEVICE)
+    expected = grad + c.view(-1, 1, 1, 1) * weight.sign()
+    backend.pull([grad], rows_of([weight]), c, scale=1.0, radial=False)
+    torch.testing.assert_close(grad, expected)
+
+
+def test_a_hundred_runs_give_the_same_bits(backend):
+    weights = tensors(SHAPES, torch.float32)
+    start, found = tensors(SHAPES, torch.float32), []
+    for _ in range(REPEATS):
+        grads, c = [g.clone() for g in start], torch.empty(sum(map(len, weights)), device=DEVICE)
+        backend.force(grads, rows_of(weights), c, LAWS[0], scale=1.0)
+        found.append(torch.cat([c, *(g.flatten() for g in grads)]))
+    assert all(torch.equal(f, found[0]) for f in found[1:])
+
+
+class Net(nn.Sequential):
+    def __init__(self, dtype=torch.float32):
+        layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten()]
+        super().__init__(*layers, nn.Linear(8 * 16, 4))
+        self.to(DEVICE, dtype)
+
+
+def training(net, optimizer, batch):
+    loss = net(batch).square().mean()
+    loss.backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize("update", ["gradient", "proximal"])
+@pytest.mark.parametrize("refresh", [None, 1, 3])
+def test_training_as_the_reference_does(name, update, refresh):
+    """A hundred steps of one network, each backend from the same start."""
+    start, batches, ends = Net(torch.float64), tensors([(4, 3, 8, 8)] * REPEATS, torch.float64), []
+    for backend in ("reference", name):
+        net = copy.deepcopy(start)
+        efreg.attach(net, 1e-13, refresh=refresh, update=update, backend=backend)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+        for batch in batches:
+            optimizer.zero_grad()
+            training(net, optimizer, batch)
+        ends.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-9)
+
+
+@only_on_a_gpu
+@pytest.mark.parametrize("update", ["gradient", "proximal"])
+@pytest.mark.parametrize("refresh", [None, 1, 2])
+@pytest.mark.parametrize("fused", [False, True])
+def test_no_step_synchronises(backend, update, refresh, fused):
+    """Not with gradients that move, a scale and a rate that change; found_inf stays on the device."""
+    net = Net()
+    efreg.attach(net, 1e-12, refresh=refresh, update=update, backend=backend.name)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=fused)
+    batch, keep = torch.randn(4, 3, 8, 8, device=DEVICE), []
+    for step in range(6):
+        optimizer.zero_grad(set_to_none=True)
+        keep.append(torch.empty(100 * step + 1, device=DEVICE))
+        optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+        if fused:
+            optimizer.grad_scale = torch.full((), 2.0**step, device=DEVICE)
+            optimizer.found_inf = torch.full((), float(step == 4), device=DEVICE)
+        loss = net(batch).square().mean()
+        loss.backward()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@only_on_a_gpu
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+@pytest.mark.parametrize("update", ["gradient", "proximal"])
+@pytest.mark.parametrize("refresh", [None, 1])
+def test_a_captured_step_replays_as_eager_steps_do(name, update, refresh):
+    """Two captures, gradients of each at addresses of its own, then a hundred replays of both in turns."""
+    start, batch = Net(), torch.randn(4, 3, 8, 8, device=DEVICE)
+    ends = []
+    for captured in (False, True):
+        net = copy.deepcopy(start)
+        efreg.attach(net, 1e-12, refresh=refresh, update=update, backend=name)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+
+        def step(net=net, optimizer=optimizer):
+            optimizer.zero_grad(set_to_none=True)
+            training(net, optimizer, batch)
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        steps = [step, step]
+        if captured:
+            graphs, gradients = [torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()], []
+            for graph in graphs:
+                with torch.cuda.graph(graph):
+                    step()
+                gradients.append([p.grad for p in net.parameters()])
+            assert gradients[0][0].data_ptr() != gradients[1][0].data_ptr()
+            steps = [graph.replay for graph in graphs]
+        for i in range(REPEATS):
+            steps[i % 2]()
+        ends.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-6)
+
+
+@only_on_a_gpu
+def test_what_a_graph_cannot_do_is_refused():
+    net, batch = Net(), torch.randn(4, 3, 8, 8, device=DEVICE)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    efreg.attach(net, 1e-12, refresh=5)
+    training(net, optimizer, batch)
+    with (
+        pytest.raises(RuntimeError, match="refresh=5 counts steps"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        training(net, optimizer, batch)
+
+
+@only_on_a_gpu
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_another_stream_and_another_layout_later(name):
+    """The table follows a model that moves: to half, to channels_last, and back."""
+    net, batch = Net(), torch.randn(4, 3, 8, 8, device=DEVICE)
+    force = efreg.attach(net, 1e-12, refresh=1, backend=name)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    for move in (
+        lambda: net.to(memory_format=torch.channels_last),
+        lambda: net.to(torch.bfloat16),
+        lambda: net.float(),
+        lambda: net[0].weight.requires_grad_(False),
+        lambda: net[0].weight.requires_grad_(True),
+    ):
+        move()
+        optimizer.zero_grad()
+        net(batch.to(net[3].weight.dtype)).square().mean().backward()
+        before = net[3].weight.grad.clone()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+            optimizer.step()
+        torch.cuda.synchronize()
+        c = force.charges()["3"].coefficient.view(-1, 1, 1, 1)
+        expected = (before.double() + c.double() * net[3].weight.double().sign()).to(before.dtype)
+        torch.testing.assert_close(net[3].weight.grad, expected)
+
+
+@only_on_a_gpu
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_nothing_is_compiled_after_the_first_step(name):
+    """200 epochs of a learning-rate schedule, a changing scale, another α."""
+    net, batch = Net(), torch.randn(4, 3, 8, 8, device=DEVICE)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
+    training(net, optimizer, batch)
+    kernels = None
+    for step in range(200):
+        with efreg.attach(net, 1e-12 * (step + 1), refresh=1, update="proximal", backend=name):
+            training(net, optimizer, batch)
+        schedule.step()
+        if name == "triton":
+            from efreg.kernels import force
+
+            compiled = [len(launcher._compiled) for launcher in (force._charge, force._shrink)]
+            kernels = kernels or compiled
+            assert compiled == kernels

@@ -1,0 +1,130 @@
+"""Two launches a step for all layers, and nothing compiled after the first."""
+
+import pytest
+import torch
+from torch import nn
+
+import efreg
+from efreg import backends
+from efreg.kernels import force
+from efreg.table import Rows
+
+CPU = torch.device("cpu")
+LAUNCHERS = ("_measure", "_charge", "_pull", "_shrink")
+
+
+class Doubling(efreg.Law):
+    def coefficients(self, charges):
+        return 2 * self.alpha * charges.magnitude
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the kernels launched so far, in order; none of them runs."""
+    backends.select("triton", CPU)
+    names = []
+    for name in LAUNCHERS:
+        monkeypatch.setattr(force, name, lambda *_, name=name, **__: names.append(name[1:]))
+    return names
+
+
+def network(layers, dtypes=(torch.float32,)):
+    return nn.ModuleList(nn.Linear(3, 2, bias=False).to(dtypes[i % len(dtypes)]) for i in range(layers))
+
+
+def steps(net, count, **settings):
+    efreg.attach(net, layers="*", backend="triton", **settings)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(count):
+        for parameter in net.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("layers", [1, 3, 500])
+@pytest.mark.parametrize(
+    "settings, first, later",
+    [
+        ({"refresh": 1}, ["charge", "pull"], ["charge", "pull"]),
+        ({"refresh": None}, ["charge", "pull"], ["pull"]),
+        ({"refresh": 1, "update": "proximal"}, ["charge", "shrink"], ["charge", "shrink"]),
+        ({"refresh": None, "update": "proximal"}, ["charge", "shrink"], ["shrink"]),
+    ],
+    ids=str,
+)
+def test_launches_do_not_depend_on_the_layers(launched, layers, settings, first, later):
+    steps(network(layers), 3, law=efreg.Electrostatic(1e-12), **settings)
+    assert launched == first + 2 * later
+
+
+def test_a_law_of_the_users_own_runs_between_the_launches(launched):
+    steps(network(5), 2, law=Doubling(1e-3), refresh=1)
+    assert launched == 2 * ["measure", "pull"]
+
+
+def test_each_dtype_has_its_launches(launched):
+    steps(network(6, (torch.float32, torch.bfloat16, torch.float64)), 1, alpha=1e-12, refresh=1)
+    assert launched == 3 * ["charge", "pull"]
+
+
+def test_penalty_uses_the_same_kernels(launched, monkeypatch):
+    """One launch forward, one backward."""
+    monkeypatch.setenv("EFREG_BACKEND", "triton")
+    efreg.penalty(network(4), efreg.L1(1e-3), layers="*").backward()
+    assert launched == ["measure", "pull"]
+
+
+class Fake:
+    """Stands for a kernel: counts its compilations, and the launches of what was compiled."""
+
+    def __init__(self):
+        self.compiled, self.launches = 0, []
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **_):
+            if grid[1:] == ():
+                self.compiled += 1
+                return self
+            self.launches.append((grid, arguments))
+
+        return launch
+
+
+def test_nothing_is_compiled_after_the_first_step(monkeypatch):
+    """200 epochs of a learning-rate schedule, GradScaler's changing scale, found_inf and another α."""
+    fakes = {name: Fake() for name in ("_charge", "_shrink", "_pull")}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(force, name, force._Launcher(fake))
+    monkeypatch.setattr(force, "_options", dict)
+    backend, weight = backends.select("triton", CPU), torch.randn(4, 5)
+    rows, c = Rows.of([weight], [0]), torch.zeros(4)
+    for epoch in range(200):
+        backend.charge(rows, c, efreg.Electrostatic(1e-12 * (epoch + 1), softening=0.01 * epoch))
+        backend.pull([torch.zeros(4, 5)], rows, c, scale=torch.tensor(2.0**epoch % 1e30), radial=False)
+        found_inf = torch.tensor(float(epoch % 2))
+        backend.shrink(rows, c, rates=[0.1 / (epoch + 1)], found_inf=found_inf, radial=False)
+    assert {name: fake.compiled for name, fake in fakes.items()} == {"_charge": 1, "_shrink": 1, "_pull": 1}
+    assert all(len(fake.launches) == 199 for fake in fakes.values())
+
+
+def test_a_compiled_kernel_gets_addresses_in_the_kernels_order(monkeypatch):
+    fake = Fake()
+    monkeypatch.setattr(force, "_pull", force._Launcher(fake))
+    monkeypatch.setattr(force, "_options", dict)
+    tensors = [torch.zeros(3, 2)] + [torch.zeros(2) for _ in range(5)]
+    for _ in range(2):
+        force.pull(*tensors, True, torch.bfloat16)
+    grid, arguments = fake.launches[0]
+    constants = (True, force.tl.bfloat16, force.tl.float32)
+    assert grid == (3, 1, 1)
+    assert arguments == (*(tensor.data_ptr() for tensor in tensors), *constants)
+    names = force.pull_kernel.arg_names
+    assert names[-3:] == ["RADIAL", "DTYPE", "ACC"] and len(names) == len(arguments)
+
+
+@pytest.mark.parametrize("name, constants", [("measure", 4), ("charge", 4), ("pull", 3), ("shrink", 3)])
+def test_kernels_take_tensors_first_and_constants_last(name, constants):
+    """What _Launcher relies on; and the first eight arguments are those that are not specialised."""
+    names = getattr(force, f"{name}_kernel").arg_names
+    assert [n.isupper() for n in names] == [False] * (len(names) - constants) + [True] * constants
+    assert len(names) - constants <= 8
