@@ -2,9 +2,9 @@
 
     python bench/gpu.py --out results
 
-From a bare checkout, without network; needs torch, triton, torchvision, pytest and, for `cuda`, nvcc. What is
-missing or fails is said, and the rest goes on. Rows go to OUT/gpu.csv, the words to OUT/gpu.txt; the status is 1
-if a check failed. `--device cpu --tiny` tries the script itself where there is no GPU.
+From a bare checkout, without network; needs torch, triton, torchvision, pytest and, for `cuda`, nvcc. What
+is missing or fails is said, and the rest goes on. Rows go to OUT/gpu.csv, words to OUT/gpu.txt; the status
+is 1 if a check failed. `--device cpu --tiny` tries the script itself where there is no GPU.
 """
 
 import argparse

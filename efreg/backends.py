@@ -10,7 +10,7 @@ from torch import Tensor
 from efreg import native, reference
 from efreg.laws import Law
 from efreg.native import BackendUnavailable
-from efreg.sending import constant, keep_if_captured
+from efreg.sending import keep_if_captured, on_device
 from efreg.table import Rows, Table
 
 logger = logging.getLogger("efreg")
@@ -158,14 +158,14 @@ class Launched(Backend):
         table = rows.table
         targets, copies = table.targets(grads, rows)
         table.read(rows)
-        self._launch("pull", table, targets, coefficients, _on_device(scale, table), radial)
+        self._launch("pull", table, targets, coefficients, on_device(scale, table.magnitude), radial)
         for grad, copy in copies:
             grad.copy_(copy)
         torch.autograd.graph.increment_version([grad for grad in grads if grad is not None])
 
     def shrink(self, rows, coefficients, *, rates, found_inf=None, radial):
         table = rows.table
-        found_inf = _on_device(0.0 if found_inf is None else found_inf, table)
+        found_inf = on_device(0.0 if found_inf is None else found_inf, table.magnitude)
         table.read(rows)
         self._launch("shrink", table, coefficients, table.rates(rates), found_inf, radial)
         table.write(rows)
@@ -211,13 +211,6 @@ def _with_gradient(grads: Grads, rows: Rows) -> tuple[list[Tensor], Rows]:
     """The rows that have a gradient, and these."""
     active = [i for i, grad in enumerate(grads) if grad is not None]
     return [grads[i] for i in active], rows.only(active)
-
-
-def _on_device(factor: Scale, table: Table) -> Tensor:
-    """A factor as a 0-dim tensor where the table is, of the statistics' dtype."""
-    if isinstance(factor, Tensor) and factor.device.type != "cpu":
-        return factor.to(table.magnitude, non_blocking=True)
-    return constant(float(factor), table.magnitude.dtype, table.device)
 
 
 BACKENDS: dict[str, type[Backend]] = {"triton": Triton, "cuda": Cuda, "cpp": Cpp, "reference": Reference}

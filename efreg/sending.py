@@ -73,6 +73,13 @@ def constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     return made
 
 
+def on_device(factor: float | Tensor, like: Tensor) -> Tensor:
+    """A number, or a 0-dim tensor, of the dtype of `like` and where it lies; nobody waits for the device."""
+    if isinstance(factor, Tensor) and factor.device.type != "cpu":
+        return factor.to(like, non_blocking=True)
+    return constant(float(factor), like.dtype, like.device)
+
+
 def _fill_arena() -> None:
     """Pins memory ahead, because during a capture CUDA pins none."""
     if not _arena or _arena[0].numel() < ARENA_BYTES // 2:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from efreg.laws import Charges
 from efreg.reference import accumulator
-from efreg.sending import Sent, capturing, send
+from efreg.sending import Sent, capturing, on_device, send
 
 T = TypeVar("T")
 
@@ -134,11 +134,10 @@ class Table:
         return self._sent_law([strength, softening])
 
     def rates(self, rates: list[float | Tensor]) -> Tensor:
-        """The rows' learning rates on the device: numbers are sent, tensors gathered."""
-        if not any(isinstance(rate, Tensor) for rate in rates):
-            return self._sent_rates(rates)
-        like = self.magnitude
-        return torch.stack([torch.as_tensor(rate).to(like, non_blocking=True) for rate in rates])
+        """The rows' learning rates on the device: numbers are sent, tensors that lie there gathered."""
+        if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates):
+            return torch.stack([on_device(rate, self.magnitude) for rate in rates])
+        return self._sent_rates([float(rate) for rate in rates])
 
     def _target(self, i: int, grad: Tensor, rows: Rows) -> tuple[Tensor, int]:
         """What is pulled in place of a gradient, itself or a dense copy, and its turn."""

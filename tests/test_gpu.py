@@ -3,8 +3,8 @@
     TRITON_INTERPRET=0 pytest -m gpu tests/test_gpu.py
 
 The numbers are new at every run; the tests' names show the seed, and EFREG_TEST_SEED repeats it.
-EFREG_TEST_DEVICE=cpu runs what can run on the CPU, with the Triton kernels interpreted: a test of this file, not
-of the backends.
+EFREG_TEST_DEVICE=cpu runs what can run on the CPU, the Triton kernels interpreted: that tests this file, not
+the backends.
 """
 
 import copy

@@ -6,8 +6,9 @@ from torch import nn
 
 import efreg
 from efreg import backends
-from efreg.kernels import force
 from efreg.table import Rows
+
+force = pytest.importorskip("efreg.kernels.force", reason="Triton is not installed")
 
 CPU = torch.device("cpu")
 LAUNCHERS = ("_measure", "_charge", "_pull", "_shrink")
