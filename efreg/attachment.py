@@ -86,8 +86,8 @@ class _Group:
         for layer, kept in zip(layers, self.kept):
             layer.coefficient = None if layer.coefficient is None else kept
         self._all_kept = False
-        self._gone = False
-        self._modules = [weakref.ref(layer.module, self._lose) for layer in layers]
+        self._gone: list[weakref.ref] = []
+        self._modules = [weakref.ref(layer.module, self._gone.append) for layer in layers]
         self._parameters = [layer.module._parameters for layer in layers]
         self._known = self._look()
 
@@ -102,9 +102,6 @@ class _Group:
         """What is compared at every step, with little time for each layer."""
         weights = self.measured.tensors
         return list(map(Tensor.data_ptr, weights)), list(map(Tensor.numel, weights)), weights[0].dtype
-
-    def _lose(self, _: weakref.ref) -> None:
-        self._gone = True
 
     def count_step(self, refresh: int | None) -> None:
         """One more optimizer step: finds the layers whose charges are to be taken in it."""
@@ -217,6 +214,7 @@ class Attachment:
         self._finalizer.detach()
         self._groups.clear()
         self._claims.clear()
+        self._served.clear()
 
     def state_dict(self) -> dict:
         """The coefficients in force and the step counts, for a checkpoint that training resumes from."""

@@ -28,7 +28,7 @@ def net():
     return small_net()
 
 
-@pytest.fixture(params=["reference", "cpp"])
+@pytest.fixture(params=["reference", "cpp", "triton"])
 def name(request):
     return request.param
 
@@ -121,13 +121,15 @@ def test_refresh_by_hand_takes_charges_at_the_next_step(net):
     torch.testing.assert_close(force.charges()["2"].coefficient, expected, rtol=1e-9, atol=0)
 
 
-def test_backends_train_alike_for_a_hundred_steps():
+@pytest.mark.parametrize("other, steps", [("cpp", 100), ("triton", 20)])
+@pytest.mark.parametrize("update", ["gradient", "proximal"])
+def test_backends_train_alike(other, steps, update):
     nets = [small_net(torch.float32)]
     nets.append(copy.deepcopy(nets[0]))
-    for net, name in zip(nets, ("reference", "cpp"), strict=True):
-        efreg.attach(net, ALPHA, backend=name)
+    for net, name in zip(nets, ("reference", other), strict=True):
+        efreg.attach(net, ALPHA, backend=name, update=update)
     optimizers = [torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9) for net in nets]
-    for _ in range(100):
+    for _ in range(steps):
         x = batch(torch.float32)
         for net, optimizer in zip(nets, optimizers, strict=True):
             backward(net, x)
@@ -258,6 +260,22 @@ def test_as_a_context_manager_it_detaches_at_the_end(net):
     net[0].weight.grad = torch.zeros_like(before)
     optimizer.step()
     assert torch.equal(net[0].weight, before)
+
+
+def test_a_group_dies_with_its_use(net):
+    """By reference counts alone: what it holds may be a GPU's memory."""
+    force = efreg.attach(net, ALPHA)
+    backward(net, batch())
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer.step()
+    ((_, (group,)),) = force._groups.values()
+    group = weakref.ref(group)
+    gc.disable()
+    try:
+        force.detach()
+        assert group() is None
+    finally:
+        gc.enable()
 
 
 def test_the_force_lives_as_long_as_the_model_and_not_as_its_handle():
