@@ -27,8 +27,11 @@ WIDE_FILTERS, WIDE_LANES = map(tl.constexpr, launch.WIDE)
 LAW_LANES = tl.constexpr(launch.LAW_LANES)
 NOWHERE = tl.constexpr(2**31 - 1)
 
-# Nothing is specialised to the arguments' values: what was compiled once serves at every later step.
-_kernel = triton.jit(do_not_specialize=range(8))
+ARRAYS = ("tiles", "layout", "weights", "targets", "magnitude", "sign", "norm", "coefficients", "done")
+NUMBERS = ("law", "scale", "rates", "found_inf")
+
+# Nothing is specialised to where an argument lies: what was compiled once serves at every later step.
+_kernel = triton.jit(do_not_specialize=ARRAYS + NUMBERS)
 
 
 @triton.jit

@@ -125,7 +125,26 @@ def test_a_compiled_kernel_gets_addresses_in_the_kernels_order(monkeypatch):
 
 @pytest.mark.parametrize("name, constants", [("measure", 4), ("charge", 4), ("pull", 3), ("shrink", 3)])
 def test_kernels_take_tensors_first_and_constants_last(name, constants):
-    """What _Launcher relies on; and the first eight arguments are those that are not specialised."""
+    """_Launcher relies on it; and no tensor's address is specialised, or the next would need a compiler."""
     names = getattr(force, f"{name}_kernel").arg_names
     assert [n.isupper() for n in names] == [False] * (len(names) - constants) + [True] * constants
-    assert len(names) - constants <= 8
+    assert set(names[:-constants]) <= {*force.ARRAYS, *force.NUMBERS}
+
+
+def test_offsets_have_64_bits():
+    """Filter 199,999 of 25,000 numbers begins 5·10⁹ numbers into its row; what lies before is not touched."""
+    filters, size, dtype = 200_000, 25_000, torch.float32
+    weight, grad = torch.randn(size), torch.randn(size)
+    before, shift = grad.clone(), (filters - 1) * size * dtype.itemsize
+    tiles = torch.tensor([[0, filters - 1]], dtype=torch.int32)
+    layout = torch.tensor([[filters, size, 0, 0]])
+    addresses = torch.tensor([weight.data_ptr() - shift])
+    targets = torch.tensor([[grad.data_ptr() - shift, 1]])
+    magnitude, sign = torch.zeros(2, filters)
+    force.measure(tiles, layout, addresses, magnitude, sign, None, True, dtype)
+    torch.testing.assert_close(magnitude[-1], weight.abs().sum())
+    assert not magnitude[:-1].any()
+    c = torch.zeros(filters)
+    c[-1] = 0.5
+    force.pull(tiles, layout, addresses, targets, c, torch.tensor(1.0), False, dtype)
+    torch.testing.assert_close(grad, before + 0.5 * weight.sign())
