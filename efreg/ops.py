@@ -54,6 +54,10 @@ def pull_op(
     weights: as in `measure`; coefficients: [Σ N], weight behind weight, in the accumulator's dtype.
     """
     _check(weights, dims)
+    acc = accumulator(weights[0].dtype)
+    if (coefficients.dtype, coefficients.device) != (acc, weights[0].device):
+        found = f"{coefficients.dtype} on {coefficients.device}"
+        raise ValueError(f"coefficients are {found}: give {acc} on {weights[0].device}")
     pulls = [torch.zeros_like(weight) for weight in weights]
     backend = select("auto", weights[0].device)
     backend.pull(pulls, Rows.of(weights, dims), coefficients.contiguous(), scale=1.0, radial=radial)

@@ -45,6 +45,12 @@ def _finite(x):
 
 
 @triton.jit
+def _positive_part(x):
+    """max(x, 0), and NaN for NaN."""
+    return tl.where(x < 0, 0.0, x)
+
+
+@triton.jit
 def _divide(a, b):
     """a / b, correctly rounded."""
     if b.dtype == tl.float32:
@@ -160,7 +166,10 @@ def _pull_tile(
     for start in range(0, size, LANES):
         i = start + tl.arange(0, LANES)[None, :]
         inside = acts & (i < size)
-        i_w = i if ALIGNED else i % turn * (size // turn) + i // turn
+        i_w = i
+        if not ALIGNED:  # noqa: SIM102, decided by the compiler
+            if turn != 1:
+                i_w = i % turn * (size // turn) + i // turn
         w = tl.load(p_w + i_w, mask=inside, other=0.0).to(ACC)
         g = tl.load(p_g + i, mask=inside, other=0.0).to(ACC)
         g += c * (w if RADIAL else _sgn(w).to(ACC))
@@ -188,9 +197,9 @@ def _shrink_tile(
         inside = acts & (i < size)
         w = tl.load(p + i, mask=inside, other=0.0).to(ACC)
         if RADIAL:
-            w *= tl.maximum(1 - c, 0.0)
+            w *= _positive_part(1 - c)
         else:
-            w = _sgn(w).to(ACC) * tl.maximum(tl.abs(w) - c, 0.0)
+            w = _sgn(w).to(ACC) * _positive_part(tl.abs(w) - c)
         tl.store(p + i, w.to(DTYPE), mask=inside)
 
 

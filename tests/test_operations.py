@@ -221,6 +221,18 @@ def test_each_tensor_shrinks_at_its_own_scale(backend):
     torch.testing.assert_close(b, torch.full((1, 3), 0.5))
 
 
+@pytest.mark.parametrize("size", [3, 8, 300])
+def test_shrink_keeps_what_is_not_finite(backend, dtype, size):
+    """A weight that an optimizer made NaN is not to vanish; its neighbours shrink as always."""
+    weight = torch.full((2, size), -1.0, dtype=dtype)
+    weight[0, 0], weight[1, 1], weight[1, 2] = math.nan, math.inf, -math.inf
+    expected = torch.full((2, size), -0.5, dtype=dtype)
+    expected[0, 0], expected[1, 1], expected[1, 2] = math.nan, math.inf, -math.inf
+    c = torch.full((2,), 0.5, dtype=accumulator(dtype))
+    backend.shrink(rows_of(weight), c, rates=[1.0], radial=False)
+    torch.testing.assert_close(weight, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("radial", [False, True])
 def test_a_filter_with_coefficient_zero_keeps_every_bit(backend, dtype, radial):
     """Signed zeros, NaN and Inf included."""

@@ -67,6 +67,12 @@ __device__ T sgn(T x) {
   return static_cast<T>(x > 0) - static_cast<T>(x < 0);
 }
 
+// max(x, 0), and NaN for NaN.
+template <typename T>
+__device__ T positive_part(T x) {
+  return x < 0 ? T(0) : x;
+}
+
 template <typename T>
 __device__ T finite_or_zero(T x) {
   return isfinite(x) ? x : T(0);
@@ -87,7 +93,7 @@ __device__ Vector<scalar_t> load(const scalar_t* p, int i, int size, int turn = 
     if (i < size) v = *reinterpret_cast<const Vector<scalar_t>*>(p + i);
   } else {
     for (int e = 0; e < v.kSize; ++e)
-      if (i + e < size) v.x[e] = p[(i + e) % turn * (size / turn) + (i + e) / turn];
+      if (i + e < size) v.x[e] = p[turn == 1 ? i + e : (i + e) % turn * (size / turn) + (i + e) / turn];
   }
   return v;
 }
@@ -201,13 +207,13 @@ __device__ void pull_filter(const Tile& tile, acc_of<scalar_t> c, bool radial) {
 template <bool aligned, typename scalar_t>
 __device__ void shrink_filter(const Tile& tile, acc_of<scalar_t> c, bool radial) {
   using acc_t = acc_of<scalar_t>;
-  const auto kept = radial ? max(1 - c * inverse_norm<aligned, scalar_t>(tile), acc_t(0)) : acc_t(0);
+  const auto kept = radial ? positive_part(1 - c * inverse_norm<aligned, scalar_t>(tile)) : acc_t(0);
   auto* weight = tile.filter<scalar_t>(tile.weight);
   each_vector<scalar_t>(tile, [&](int i, int) {
     auto w = load<aligned>(weight, i, tile.size);
     for (int e = 0; e < w.kSize; ++e) {
       const auto x = static_cast<acc_t>(w.x[e]);
-      w.x[e] = static_cast<scalar_t>(radial ? x * kept : sgn(x) * max(abs(x) - c, acc_t(0)));
+      w.x[e] = static_cast<scalar_t>(radial ? x * kept : sgn(x) * positive_part(abs(x) - c));
     }
     store<aligned>(weight, i, tile.size, w);
   });
