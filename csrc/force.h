@@ -37,8 +37,8 @@ void shrink(
     const Tensors& weights, const at::Tensor& coefficients, const Integers& offsets, const Integers& dims,
     const std::vector<double>& scales, bool radial);
 
-// measure and law: fills `coefficients` with those of the weights now.
-void charge(
+// measure and law: fills `coefficients` with those of the weights now; returns magnitudes, placed as these.
+at::Tensor charge(
     const Tensors& weights, const at::Tensor& coefficients, const Integers& offsets, const Integers& dims,
     const Law& law);
 

@@ -51,11 +51,12 @@ class Backend:
         """w ← sgn(w) · max(|w| − t, 0) at t = rates[i] · (1 − found_inf) · c_n, or its radial twin."""
         raise NotImplementedError
 
-    def charge(self, rows: Rows, coefficients: Tensor, law: Law) -> None:
-        """Measures the filters and writes the law's coefficients of each."""
+    def charge(self, rows: Rows, coefficients: Tensor, law: Law) -> Tensor:
+        """Writes the coefficients that the law gives the filters now; returns magnitudes, row behind row."""
         measured = self.measure(rows, **law.statistics)
         for c, charges in zip(rows.cut(coefficients), rows.charges(*measured)):
             c.copy_(law.of(charges))
+        return measured[0]
 
     def force(self, grads: Grads, rows: Rows, coefficients: Tensor, law: Law, *, scale: Scale) -> None:
         """`charge`, then `pull`."""
@@ -111,7 +112,7 @@ class Cpp(Backend):
     def charge(self, rows, coefficients, law):
         if not law.native_kind:
             return super().charge(rows, coefficients, law)
-        self._module.charge(rows.tensors, coefficients, rows.offsets, rows.dims, self._known(law))
+        return self._module.charge(rows.tensors, coefficients, rows.offsets, rows.dims, self._known(law))
 
     def force(self, grads, rows, coefficients, law, *, scale):
         if not law.native_kind or any(grad is None for grad in grads):
@@ -181,6 +182,7 @@ class Launched(Backend):
             "charge", table, table.magnitude, table.sign, coefficients, table.done, numbers,
             law.native_kind, law.sign == "count",
         )  # fmt: skip
+        return table.magnitude
 
     def _launch(self, operation: str, table: Table, *arguments) -> None:
         getattr(self._kernels, operation)(table.tiles, table.layout, table.weights, *arguments, table.dtype)

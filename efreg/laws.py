@@ -163,6 +163,13 @@ LAWS: dict[str, type[Law]] = {"electrostatic": Electrostatic, "l1": L1}
 """The laws that can be asked for by name."""
 
 
+def native_law(kind: str, strength: float, softening: float, sign: str) -> Law:
+    """A law with the coefficients of the one that has this native kind, strength, softening and sign."""
+    if kind == "electrostatic":
+        return Electrostatic(strength, k_e=1.0, sign=sign, softening=softening)
+    return LAWS[kind](strength)
+
+
 def resolve(law: str | Law, alpha: float | None) -> Law:
     """The law meant by a name and α, or by an instance (which carries its own α).
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from efreg.backends import select
-from efreg.laws import Charges, Law
+from efreg.laws import Charges, Law, native_law
 from efreg.layers import check_weight, find_layers
 from efreg.reference import accumulator
 from efreg.table import Rows, by_device_and_dtype
@@ -25,6 +25,10 @@ def _check(weights: Sequence[Tensor], dims: Sequence[int]) -> None:
             raise ValueError("weights of one call must share dtype and device")
 
 
+def _filters(weights: Sequence[Tensor], dims: Sequence[int]) -> int:
+    return sum(weight.shape[dim] for weight, dim in zip(weights, dims))
+
+
 @torch.library.custom_op("efreg::measure", mutates_args=())
 def measure_op(weights: Sequence[Tensor], dims: Sequence[int], sign: str, norm: bool) -> list[Tensor]:
     """Magnitudes, signs and, where `norm`, L2 norms of all filters, weight behind weight (reference.measure).
@@ -40,9 +44,32 @@ def measure_op(weights: Sequence[Tensor], dims: Sequence[int], sign: str, norm: 
 @measure_op.register_fake
 def _(weights, dims, sign, norm):
     _check(weights, dims)
-    filters = sum(weight.shape[dim] for weight, dim in zip(weights, dims))
-    flat = weights[0].new_empty(filters, dtype=accumulator(weights[0].dtype))
+    flat = weights[0].new_empty(_filters(weights, dims), dtype=accumulator(weights[0].dtype))
     return [torch.empty_like(flat) for _ in range(2 + norm)]
+
+
+@torch.library.custom_op("efreg::charge", mutates_args=())
+def charge_op(
+    weights: Sequence[Tensor], dims: Sequence[int], kind: str, strength: float, softening: float, sign: str
+) -> list[Tensor]:
+    """Coefficients and magnitudes of all filters, weight behind weight, by a law that the kernels know.
+
+    weights: as in `measure`; kind, strength, softening, sign: the law's `native_kind` and properties.
+    Returns two tensors [Σ N] in float32, or float64 for float64 weights.
+    """
+    _check(weights, dims)
+    rows = Rows.of(weights, dims)
+    coefficients = weights[0].new_empty(_filters(weights, dims), dtype=accumulator(weights[0].dtype))
+    law = native_law(kind, strength, softening, sign)
+    magnitude = select("auto", weights[0].device).charge(rows, coefficients, law)
+    return [coefficients, magnitude.clone()]  # a table keeps its magnitudes
+
+
+@charge_op.register_fake
+def _(weights, dims, kind, strength, softening, sign):
+    _check(weights, dims)
+    flat = weights[0].new_empty(_filters(weights, dims), dtype=accumulator(weights[0].dtype))
+    return [flat, torch.empty_like(flat)]
 
 
 @torch.library.custom_op("efreg::pull", mutates_args=())
@@ -89,11 +116,10 @@ class _Penalty(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, law: Law, dims: list[int], *weights: Tensor) -> Tensor:
-        charges = _charges(law, weights, dims)
-        coefficients = [law.of(c) for c in charges]
-        ctx.save_for_backward(torch.cat(coefficients), *weights)
+        coefficients, energy = _native(law, weights, dims) if law.native_kind else _plain(law, weights, dims)
+        ctx.save_for_backward(coefficients, *weights)
         ctx.dims, ctx.radial = dims, law.direction == "radial"
-        return torch.stack([law.energy(c, k) for c, k in zip(charges, coefficients)]).sum()
+        return energy
 
     @staticmethod
     def backward(ctx, grad_energy: Tensor):
@@ -101,9 +127,20 @@ class _Penalty(torch.autograd.Function):
         return None, None, *pull_op(weights, coefficients * grad_energy, ctx.dims, ctx.radial)
 
 
-def _charges(law: Law, weights: Sequence[Tensor], dims: list[int]) -> list[Charges]:
+def _native(law: Law, weights: Sequence[Tensor], dims: list[int]) -> tuple[Tensor, Tensor]:
+    """Coefficients [Σ N] and energy by a law that the kernels know, all weights in one pass."""
+    numbers = law.strength, law.softening, law.sign
+    coefficients, magnitude = charge_op(weights, dims, law.native_kind, *numbers)
+    return coefficients, torch.where(coefficients != 0, coefficients * magnitude, 0).sum()
+
+
+def _plain(law: Law, weights: Sequence[Tensor], dims: list[int]) -> tuple[Tensor, Tensor]:
+    """The same by the law's torch method, weight by weight."""
     magnitude, sign, *norm = measure_op(weights, dims, **law.statistics)
-    return Rows.of(weights, dims).charges(magnitude, sign, *norm or (None,))
+    charges = Rows.of(weights, dims).charges(magnitude, sign, *norm or (None,))
+    coefficients = [law.of(c) for c in charges]
+    energies = [law.energy(c, k) for c, k in zip(charges, coefficients)]
+    return torch.cat(coefficients), torch.stack(energies).sum()
 
 
 def penalty(model_or_weights: nn.Module | Tensor | Iterable[Tensor], law: Law, *, layers=None) -> Tensor:

@@ -72,7 +72,7 @@ def test_penalty_uses_the_same_kernels(launched, monkeypatch):
     """One launch forward, one backward."""
     monkeypatch.setenv("EFREG_BACKEND", "triton")
     efreg.penalty(network(4), efreg.L1(1e-3), layers="*").backward()
-    assert launched == ["measure", "pull"]
+    assert launched == ["charge", "pull"]
 
 
 class Fake:

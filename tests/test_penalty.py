@@ -125,17 +125,36 @@ def test_compiles_with_inductor():
         torch.testing.assert_close(w.grad.double(), oracle.force(w, ALPHA), rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
+@pytest.mark.parametrize("law", [LAW, efreg.L1(1e-2), efreg.Electrostatic(ALPHA, softening=0.2, sign="sum")])
+def test_every_backend_gives_the_laws_energy_and_force(backend, law, monkeypatch):
+    """Σ c_n · ‖w_n‖₁ and c_n · sgn(w) by the law's own method, in float64."""
+    monkeypatch.setenv("EFREG_BACKEND", backend)
+    ws = weights()
+    efreg.penalty(ws, law).backward()
+    energy = 0
+    for w in ws:
+        charges = efreg.measure(w)
+        signs = oracle.signs(w, by=law.sign)
+        c = law.coefficients(efreg.Charges(charges.magnitude, torch.from_numpy(signs), charges.size))
+        energy += (c * charges.magnitude).sum()
+        torch.testing.assert_close(w.grad, c.view(-1, *[1] * (w.ndim - 1)) * w.detach().sign())
+    torch.testing.assert_close(efreg.penalty(ws, law).detach(), energy)
+
+
 SAMPLES = [([(8, 3, 3, 3), (5, 8)], [0, 0]), ([(6, 4, 3, 3)], [1]), ([(0, 4), (3, 0)], [0, 0])]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("shapes", "dims"), SAMPLES, ids=str)
 def test_opcheck(shapes, dims, dtype):
-    """Schema, fake, autograd registration and tracing of both operators."""
+    """Schema, fake, autograd registration and tracing of the operators."""
     ws = [torch.randn(s, dtype=torch.float64).to(dtype) for s in shapes]
     for sign in ("count", "sum"):
         for norm in (False, True):
             torch.library.opcheck(ops.measure_op, (ws, dims, sign, norm))
+    for known in (("electrostatic", 8.99e-3, 0.1, "sum"), ("l1", 1e-2, 0.0, "count")):
+        torch.library.opcheck(ops.charge_op, (ws, dims, *known))
     c = torch.rand(
         sum(w.shape[d] for w, d in zip(ws, dims, strict=True)), dtype=efreg.reference.accumulator(dtype)
     )

@@ -343,7 +343,7 @@ void shrink(
   write_back(rows, weights, dims);
 }
 
-void charge(
+at::Tensor charge(
     const Tensors& weights, const at::Tensor& coefficients, const Integers& offsets, const Integers& dims,
     const Law& law) {
   const auto rows = make_rows(weights, weights, offsets, dims, 1.0);
@@ -354,6 +354,7 @@ void charge(
         rows, 0, rows.size(), coefficients.data_ptr<acc_t>(), magnitude.data_ptr<acc_t>(),
         sign.data_ptr<acc_t>(), law);
   });
+  return magnitude;
 }
 
 void force(
