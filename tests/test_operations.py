@@ -284,13 +284,14 @@ LAWS = [
 @pytest.mark.parametrize("law", LAWS, ids=str)
 def test_force_is_measure_law_and_pull(backend, dtype, law):
     """The coefficients are the law's on the backend's own statistics; the gradients are then pulled."""
-    weights = [
-        torch.randn(s, dtype=torch.float64).to(dtype) for s in [(70, 27), (1, 9), (40, 700), (17, 576)]
-    ]
+    shapes = [(64, 27), (1, 9), (300, 700), (17, 576)]
+    if interpreted(backend):
+        shapes = [(10, 27), (1, 9), (6, 700), (5, 576)]
+    weights = [torch.randn(s, dtype=torch.float64).to(dtype) for s in shapes]
     grads = [torch.randn(w.shape, dtype=torch.float64).to(dtype) for w in weights]
     rows, acc = rows_of(*weights), accumulator(dtype)
     by_pull = [g.clone() for g in grads]
-    coefficients, alone = (torch.full((128,), math.nan, dtype=acc) for _ in range(2))
+    coefficients, alone = (torch.full((sum(map(len, weights)),), math.nan, dtype=acc) for _ in range(2))
     backend.force(grads, rows, coefficients, law, scale=2.0)
     backend.charge(rows, alone, law)
     assert torch.equal(coefficients, alone)
@@ -302,6 +303,19 @@ def test_force_is_measure_law_and_pull(backend, dtype, law):
         torch.testing.assert_close(cut.double(), exact, rtol=4 * eps(acc), atol=0)
     backend.pull(by_pull, rows, coefficients, scale=2.0, radial=False)
     assert all(torch.equal(a, b) for a, b in zip(grads, by_pull, strict=True))
+
+
+@pytest.mark.parametrize("law", LAWS[:1] + LAWS[3:4], ids=str)
+def test_a_layer_of_many_filters(backend, law):
+    """More than a program looks at in one go; the source comes late."""
+    weight = torch.randn(1000, 3)
+    weight[777] *= 100
+    coefficients = torch.empty(1000)
+    backend.charge(rows_of(weight), coefficients, law)
+    (charges,) = measured(backend, weight, sign=law.sign)
+    assert charges.source == 777
+    exact = law.coefficients(efreg.Charges(charges.magnitude.double(), charges.sign.double(), 3))
+    torch.testing.assert_close(coefficients.double(), exact, rtol=4 * eps(torch.float32), atol=0)
 
 
 def test_a_filter_that_is_not_finite_stays_alone(backend, dtype):
