@@ -49,7 +49,11 @@ def extensions(*, cuda: bool) -> dict:
             os.environ["CUDA_HOME"] = str(spec.toolkit())
         except spec.BackendUnavailable as error:
             raise SystemExit(f"EFREG_BUILD=cuda: {error}") from error
+    from torch.utils import cpp_extension
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    if cuda:
+        cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"]  # which it looked for when it was imported
 
     def module(make, of, arguments):
         sources = [str(source.relative_to(ROOT)) for source in of.sources]

@@ -10,7 +10,7 @@ from torch import Tensor
 from efreg import native, reference
 from efreg.laws import Law
 from efreg.native import BackendUnavailable
-from efreg.sending import keep_if_captured, on_device
+from efreg.sending import capturing, keep_if_captured, on_device
 from efreg.table import Rows, Table
 
 logger = logging.getLogger("efreg")
@@ -48,7 +48,7 @@ class Backend:
         found_inf: Tensor | None = None,
         radial: bool,
     ) -> None:
-        """w ← sgn(w) · max(|w| − t, 0) at t = rates[i] · (1 − found_inf) · c_n, or its radial twin."""
+        """w ← sgn(w) · max(|w| − rates[i] · c_n, 0), or its radial twin; nothing where found_inf is not 0."""
         raise NotImplementedError
 
     def charge(self, rows: Rows, coefficients: Tensor, law: Law) -> Tensor:
@@ -77,11 +77,12 @@ class Reference(Backend):
     def pull(self, grads, rows, coefficients, *, scale, radial):
         for grad, weight, dim, c in zip(grads, rows.tensors, rows.dims, rows.cut(coefficients)):
             if grad is not None:
-                reference.pull(grad, weight, c, dim, scale=scale, radial=radial)
+                by = scale.to(c.device) if isinstance(scale, Tensor) else scale
+                reference.pull(grad, weight, c, dim, scale=by, radial=radial)
 
     def shrink(self, rows, coefficients, *, rates, found_inf=None, radial):
         for rate, weight, dim, c in zip(rates, rows.tensors, rows.dims, rows.cut(coefficients)):
-            scale = rate if found_inf is None else rate * (1 - found_inf)
+            scale = rate if found_inf is None else rate * (found_inf.to(c.device) == 0)
             reference.shrink(weight, c, dim, scale=scale, radial=radial)
 
 
@@ -105,8 +106,9 @@ class Cpp(Backend):
             )
 
     def shrink(self, rows, coefficients, *, rates, found_inf=None, radial):
-        kept = 1.0 if found_inf is None else 1.0 - float(found_inf)
-        scales = [float(rate) * kept for rate in rates]
+        if found_inf is not None and float(found_inf) != 0:
+            return
+        scales = [float(rate) for rate in rates]
         self._module.shrink(rows.tensors, coefficients, rows.offsets, rows.dims, scales, radial)
 
     def charge(self, rows, coefficients, law):
@@ -134,6 +136,8 @@ class Launched(Backend):
     """
 
     def __init__(self, device: torch.device):
+        if capturing(device):
+            raise RuntimeError("a graph is being captured: do once outside what is to be captured")
         try:
             self._kernels = self._load()
             self.measure(Rows.of([torch.ones(1, 1, device=device)], [0]), sign="count", norm=False)
@@ -157,6 +161,7 @@ class Launched(Backend):
 
     def pull(self, grads, rows, coefficients, *, scale, radial):
         table = rows.table
+        table.check(coefficients)
         targets, copies = table.targets(grads, rows)
         table.read(rows)
         self._launch("pull", table, targets, coefficients, on_device(scale, table.magnitude), radial)
@@ -166,6 +171,7 @@ class Launched(Backend):
 
     def shrink(self, rows, coefficients, *, rates, found_inf=None, radial):
         table = rows.table
+        table.check(coefficients)
         found_inf = on_device(0.0 if found_inf is None else found_inf, table.magnitude)
         table.read(rows)
         self._launch("shrink", table, coefficients, table.rates(rates), found_inf, radial)
@@ -176,6 +182,7 @@ class Launched(Backend):
         if law.native_kind not in self._kernels.KINDS:
             return super().charge(rows, coefficients, law)
         table = rows.table
+        table.check(coefficients)
         numbers = table.law(law.strength, law.softening)
         table.read(rows)
         self._launch(

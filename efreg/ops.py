@@ -11,6 +11,9 @@ from efreg.layers import check_weight, find_layers
 from efreg.reference import accumulator
 from efreg.table import Rows, by_device_and_dtype
 
+TAGS = (torch.Tag.cudagraph_unsafe,)
+"""The graphs that torch.compile captures by itself go around the operators: tables outlive such a graph."""
+
 
 def _check(weights: Sequence[Tensor], dims: Sequence[int]) -> None:
     if not weights:
@@ -29,7 +32,7 @@ def _filters(weights: Sequence[Tensor], dims: Sequence[int]) -> int:
     return sum(weight.shape[dim] for weight, dim in zip(weights, dims))
 
 
-@torch.library.custom_op("efreg::measure", mutates_args=())
+@torch.library.custom_op("efreg::measure", mutates_args=(), tags=TAGS)
 def measure_op(weights: Sequence[Tensor], dims: Sequence[int], sign: str, norm: bool) -> list[Tensor]:
     """Magnitudes, signs and, where `norm`, L2 norms of all filters, weight behind weight (reference.measure).
 
@@ -48,7 +51,7 @@ def _(weights, dims, sign, norm):
     return [torch.empty_like(flat) for _ in range(2 + norm)]
 
 
-@torch.library.custom_op("efreg::charge", mutates_args=())
+@torch.library.custom_op("efreg::charge", mutates_args=(), tags=TAGS)
 def charge_op(
     weights: Sequence[Tensor], dims: Sequence[int], kind: str, strength: float, softening: float, sign: str
 ) -> list[Tensor]:
@@ -72,7 +75,7 @@ def _(weights, dims, kind, strength, softening, sign):
     return [flat, torch.empty_like(flat)]
 
 
-@torch.library.custom_op("efreg::pull", mutates_args=())
+@torch.library.custom_op("efreg::pull", mutates_args=(), tags=TAGS)
 def pull_op(
     weights: Sequence[Tensor], coefficients: Tensor, dims: Sequence[int], radial: bool
 ) -> list[Tensor]:
@@ -81,10 +84,6 @@ def pull_op(
     weights: as in `measure`; coefficients: [Σ N], weight behind weight, in the accumulator's dtype.
     """
     _check(weights, dims)
-    acc = accumulator(weights[0].dtype)
-    if (coefficients.dtype, coefficients.device) != (acc, weights[0].device):
-        found = f"{coefficients.dtype} on {coefficients.device}"
-        raise ValueError(f"coefficients are {found}: give {acc} on {weights[0].device}")
     pulls = [torch.zeros_like(weight) for weight in weights]
     backend = select("auto", weights[0].device)
     backend.pull(pulls, Rows.of(weights, dims), coefficients.contiguous(), scale=1.0, radial=radial)

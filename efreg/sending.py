@@ -27,7 +27,7 @@ def keep_if_captured(device: torch.device, *read: object) -> None:
 
 def send(numbers: Sequence | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`numbers` as a new tensor on `device`, copied without a synchronisation."""
-    host = torch.as_tensor(numbers, dtype=dtype)
+    host = torch.as_tensor(numbers, dtype=dtype, device="cpu")
     if device.type == "cpu":
         return host.contiguous()
     if capturing(device):
@@ -67,7 +67,8 @@ def constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     key = (value, dtype, device)
     if key in _constants:
         return _constants[key]
-    made = torch.full((), value, dtype=dtype, device=device)
+    with torch.inference_mode(False):
+        made = torch.full((), value, dtype=dtype, device=device)
     if not capturing(device):
         _constants[key] = made
     return made
@@ -76,20 +77,20 @@ def constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 def on_device(factor: float | Tensor, like: Tensor) -> Tensor:
     """A number, or a 0-dim tensor, of the dtype of `like` and where it lies; nobody waits for the device."""
     if isinstance(factor, Tensor) and factor.device.type != "cpu":
-        return factor.to(like, non_blocking=True)
+        return factor.to(like, non_blocking=True).reshape(())
     return constant(float(factor), like.dtype, like.device)
 
 
 def _fill_arena() -> None:
     """Pins memory ahead, because during a capture CUDA pins none."""
     if not _arena or _arena[0].numel() < ARENA_BYTES // 2:
-        _arena[:] = [torch.empty(ARENA_BYTES, dtype=torch.uint8, pin_memory=True)]
+        _arena[:] = [torch.empty(ARENA_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)]
 
 
 def _pinned_for_ever(host: Tensor) -> Tensor:
     """A pinned copy that no later capture shares: the graph reads it at every replay."""
     size = -(-host.nbytes // 64) * 64
-    free = _arena[0] if _arena else torch.empty(0, dtype=torch.uint8)
+    free = _arena[0] if _arena else torch.empty(0, dtype=torch.uint8, device="cpu")
     if free.numel() < size:
         raise RuntimeError("the memory for captures is used up: take one step outside a capture, then go on")
     mine, _arena[0] = free[: host.nbytes], free[size:]

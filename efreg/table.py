@@ -100,6 +100,15 @@ class Table:
         self._sent_rates, self._sent_law = Sent(acc, self.device), Sent(acc, self.device)
         self._seen: tuple = ()
 
+    def check(self, coefficients: Tensor) -> None:
+        """Raises ValueError for coefficients that kernels, which see an address alone, would misread."""
+        like = self.magnitude
+        if coefficients.dtype is not like.dtype or coefficients.device != like.device:
+            found = f"{coefficients.dtype} on {coefficients.device}"
+            raise ValueError(f"coefficients are {found}: give {like.dtype} on {like.device}")
+        if not coefficients.is_contiguous():
+            raise ValueError("coefficients must be contiguous")
+
     def read(self, rows: Rows) -> None:
         """Renews the dense copies of weights that are not dense."""
         for i, copy in self.copies.items():
@@ -126,8 +135,10 @@ class Table:
             for grad, dim, (target, _) in zip(grads, rows.dims, found)
             if target is not grad
         ]
+        self._seen = ()
+        sent = self._sent_targets([(0 if t is None else t.data_ptr(), turn) for t, turn in found])
         self._seen = () if copies or capturing(self.device) else seen
-        return self._sent_targets([(0 if t is None else t.data_ptr(), turn) for t, turn in found]), copies
+        return sent, copies
 
     def law(self, strength: float, softening: float) -> Tensor:
         """The law's numbers on the device, [2]."""
@@ -161,7 +172,8 @@ def _table_of(rows: Rows) -> Table:
         (w.data_ptr(), w.shape, w.stride(), dim, offset, w.dtype, w.device)
         for w, dim, offset in zip(rows.tensors, rows.dims, rows.offsets)
     )
-    table = _tables.pop(key, None) or Table(rows)
+    with torch.inference_mode(False):  # what is made here serves steps outside inference mode, too
+        table = _tables.pop(key, None) or Table(rows)
     _tables[key] = table
     if len(_tables) > TABLES:
         _tables.popitem(last=False)
@@ -172,11 +184,12 @@ def _tiles(filters: list[int], sizes: list[int]) -> Tensor:
     """Row and first filter of each program's tile, [T, 2]."""
     from efreg.kernels.launch import filters_a_tile
 
-    per_tile = torch.tensor([filters_a_tile(size) for size in sizes])
-    counts = -(torch.tensor(filters) // -per_tile)
-    row = torch.repeat_interleave(torch.arange(len(filters)), counts)
-    before = counts.cumsum(0) - counts
-    first = (torch.arange(len(row)) - before[row]) * per_tile[row]
+    with torch.device("cpu"):
+        per_tile = torch.tensor([filters_a_tile(size) for size in sizes])
+        counts = -(torch.tensor(filters) // -per_tile)
+        row = torch.repeat_interleave(torch.arange(len(filters)), counts)
+        before = counts.cumsum(0) - counts
+        first = (torch.arange(len(row)) - before[row]) * per_tile[row]
     return torch.stack([row, first], dim=1)
 
 

@@ -187,7 +187,7 @@ def _shrink_tile(
     size = _known(size, ALIGNED, DTYPE)
     n = first + tl.arange(0, FILTERS)
     p = _pointers(weight, n, size, ALIGNED, DTYPE)
-    by = tl.load(rate) * (1 - tl.load(found_inf))
+    by = tl.where(tl.load(found_inf) == 0, tl.load(rate), 0.0)
     c = (tl.load(coefficients + n, mask=n < filters, other=0.0) * by)[:, None]
     acts = c != 0
     if RADIAL:
@@ -425,5 +425,5 @@ def pull(tiles, layout, weights, targets, coefficients, scale, radial: bool, dty
 
 
 def shrink(tiles, layout, weights, coefficients, rates, found_inf, radial: bool, dtype: torch.dtype) -> None:
-    """w ← sgn(w) · max(|w| − t, 0) at t = rates[row] · (1 − found_inf) · c_n, or its radial twin."""
+    """w ← sgn(w) · max(|w| − t, 0) at t = rates[row] · c_n, or its radial twin; found_inf ≠ 0: nothing."""
     _shrink(dtype, tiles, layout, weights, coefficients, rates, found_inf, RADIAL=radial)

@@ -8,6 +8,7 @@ the backends.
 """
 
 import copy
+import functools
 import math
 import os
 import time
@@ -50,9 +51,28 @@ def new_numbers(request):
     torch.manual_seed(request.param)
 
 
+@functools.cache
+def had(name):
+    """A backend, or why it cannot be had: found out once."""
+    try:
+        return backends.select(name, DEVICE)
+    except efreg.BackendUnavailable as error:
+        return error
+
+
+def need(name):
+    """The backend; the test is skipped without it, unless EFREG_REQUIRE names it."""
+    found = had(name)
+    if isinstance(found, Exception):
+        if name in os.environ.get("EFREG_REQUIRE", "").split(","):
+            raise found
+        pytest.skip(str(found))
+    return found
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    return backends.select(request.param, DEVICE)
+    return need(request.param)
 
 
 def exactly(tensor):
@@ -103,10 +123,12 @@ def test_force_against_float64(backend, dtype, shift, law):
         assert ((m - exact).abs() <= bound).all()
         assert s.tolist() == oracle.signs(w, by=law.sign).tolist()
         expected = law.of(efreg.Charges(m, s, charges.size))
-        torch.testing.assert_close(exactly(cut), expected, rtol=4 * eps(acc), atol=0)
+        roundings = 16 if law.softening else 4  # √(a² + b²) counts twice
+        torch.testing.assert_close(exactly(cut), expected, rtol=roundings * eps(acc), atol=0)
         added = 2 * exactly(cut).view(-1, *[1] * (w.ndim - 1)) * w.double().sign()
         allowed = rounding(backend, g0 + added, dtype) + 4 * eps(acc) * (g0.abs() + added.abs())
-        assert ((exactly(g) - (g0 + added)).abs() <= allowed).all()
+        overflows = (g0 + added).abs() > torch.finfo(dtype).max
+        assert (((exactly(g) - (g0 + added)).abs() <= allowed) | overflows).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -154,7 +176,7 @@ def test_aligned_or_not_the_bits_are_the_same(dtype):
     for name in [name for name in BACKENDS if name != "reference"]:
         for shift in range(5 if ON_GPU else 2):
             rows = rows_of([misaligned(w, shift) for w in weights])
-            found.append(backends.select(name, DEVICE).measure(rows, sign="sum", norm=True))
+            found.append(need(name).measure(rows, sign="sum", norm=True))
     for statistics in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(statistics, found[0], strict=True))
 
@@ -203,6 +225,7 @@ def training(net, optimizer, batch):
 @pytest.mark.parametrize("refresh", [None, 1, 3])
 def test_training_as_the_reference_does(name, update, refresh):
     """A hundred steps of one network, each backend from the same start."""
+    need(name)
     start, batches, ends = Net(torch.float64), tensors([(4, 3, 8, 8)] * REPEATS, torch.float64), []
     for backend in ("reference", name):
         net = copy.deepcopy(start)
@@ -246,13 +269,18 @@ def test_no_step_synchronises(backend, update, refresh, fused):
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 @pytest.mark.parametrize("update", ["gradient", "proximal"])
 @pytest.mark.parametrize("refresh", [None, 1])
+@torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 def test_a_captured_step_replays_as_eager_steps_do(name, update, refresh):
-    """Two captures, gradients of each at addresses of its own, then a hundred replays of both in turns."""
+    """Two captures, gradients of each at addresses of its own, then a hundred replays of both in turns.
+
+    Every sign that flips makes a rounding larger, so α is small and the convolutions' own sums are fixed.
+    """
+    need(name)
     start, batch = Net(), torch.randn(4, 3, 8, 8, device=DEVICE)
     ends = []
     for captured in (False, True):
         net = copy.deepcopy(start)
-        efreg.attach(net, 1e-12, refresh=refresh, update=update, backend=name)
+        efreg.attach(net, 1e-15, refresh=refresh, update=update, backend=name)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
 
         def step(net=net, optimizer=optimizer):
@@ -281,6 +309,27 @@ def test_a_captured_step_replays_as_eager_steps_do(name, update, refresh):
 
 
 @only_on_a_gpu
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_rate_that_lies_on_the_device(backend, shape):
+    """A capturable optimizer's learning rate: read there, by nobody else."""
+    net, batch = Net(), torch.randn(4, 3, 8, 8, device=DEVICE)
+    efreg.attach(net, law=efreg.L1(1e-3), update="proximal", backend=backend.name)
+    rate = torch.full(shape, 0.5, device=DEVICE)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=rate, capturable=True)
+    training(net, optimizer, batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        net[0].weight.data.fill_(1.0)
+        optimizer.zero_grad()
+        net[0].weight.grad = torch.zeros_like(net[0].weight)
+        rate.zero_()
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(net[0].weight, torch.ones_like(net[0].weight))
+
+
+@only_on_a_gpu
 def test_what_a_graph_cannot_do_is_refused():
     net, batch = Net(), torch.randn(4, 3, 8, 8, device=DEVICE)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
@@ -297,6 +346,7 @@ def test_what_a_graph_cannot_do_is_refused():
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_another_stream_and_another_layout_later(name):
     """The table follows a model that moves: to half, to channels_last, and back."""
+    need(name)
     net, batch = Net(), torch.randn(4, 3, 8, 8, device=DEVICE)
     force = efreg.attach(net, 1e-12, refresh=1, backend=name)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
@@ -323,7 +373,8 @@ def test_another_stream_and_another_layout_later(name):
 @only_on_a_gpu
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_nothing_is_compiled_after_the_first_step(name):
-    """200 epochs of a learning-rate schedule, a changing scale, another α."""
+    """200 epochs of a learning-rate schedule, another α at each."""
+    need(name)
     net, batch = Net(), torch.randn(4, 3, 8, 8, device=DEVICE)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)

@@ -254,3 +254,56 @@ def test_captured_numbers_lie_in_memory_that_was_pinned_before(monkeypatch):
     assert second.data_ptr() - first.data_ptr() == 64
     with pytest.raises(RuntimeError, match="take one step outside a capture"):
         sending._pinned_for_ever(torch.zeros(100))
+
+
+def test_a_failed_sending_is_not_taken_for_a_success(monkeypatch):
+    """Who tries again with gradients at the same addresses must not find those of before."""
+    weight, grads = torch.ones(2, 3), [torch.zeros(2, 3), torch.zeros(2, 3)]
+    backend, rows = efreg.backends.select("triton", torch.device("cpu")), Rows.of([weight], [0])
+    backend.pull(grads[:1], rows, torch.ones(2), scale=1.0, radial=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(sending, "send", lambda *_: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            backend.pull(grads[1:], rows, torch.ones(2), scale=1.0, radial=False)
+    backend.pull(grads[1:], rows, torch.ones(2), scale=1.0, radial=False)
+    assert torch.equal(grads[1], torch.ones(2, 3)) and torch.equal(grads[0], torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    "coefficients, message",
+    [
+        (torch.ones(2, dtype=torch.float64), "coefficients are torch.float64 on cpu: give torch.float32"),
+        (torch.ones(2, device="meta"), "coefficients are torch.float32 on meta"),
+        (torch.ones(4)[::2], "must be contiguous"),
+    ],
+    ids=["dtype", "device", "strides"],
+)
+def test_coefficients_that_would_be_misread_are_refused(coefficients, message):
+    backend, weight = efreg.backends.select("triton", torch.device("cpu")), torch.ones(2, 3)
+    rows = Rows.of([weight], [0])
+    for operation in (
+        lambda: backend.pull([weight.clone()], rows, coefficients, scale=1.0, radial=False),
+        lambda: backend.shrink(rows, coefficients, rates=[0.1], radial=False),
+        lambda: backend.charge(rows, coefficients, efreg.L1(1.0)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            operation()
+
+
+def test_a_table_made_in_inference_mode_serves_training():
+    """Filters of a transposed convolution lie in a copy that the table keeps."""
+    table._tables.clear()
+    net = nn.Sequential(nn.ConvTranspose2d(2, 3, 3, bias=False))
+    force = efreg.attach(net, law=efreg.L1(0.5), layers="0", backend="triton")
+    with torch.inference_mode():
+        force.energy()
+    step(net, torch.optim.SGD(net.parameters(), lr=0.1))
+
+
+def test_the_default_device_is_no_matter():
+    """What is sent is made on the CPU, wherever new tensors would go."""
+    with torch.device("meta"):
+        sent = sending.send([1, 2, 3], torch.int64, torch.device("cpu"))
+        tiles = table._tiles([5, 1], [9, 300])
+    assert sent.tolist() == [1, 2, 3]
+    assert tiles.tolist() == [[0, 0], [0, 4], [1, 0]]

@@ -325,7 +325,8 @@ __global__ void __launch_bounds__(kThreads) shrink_kernel(
     const acc_of<scalar_t>* found_inf, bool radial) {
   const Tile tile(table, gridDim.x - 1 - blockIdx.x);
   if (!tile.has_filter()) return;
-  const auto c = coefficients[tile.offset + tile.n] * (rates[tile.row] * (1 - *found_inf));
+  const auto c =
+      coefficients[tile.offset + tile.n] * (*found_inf == 0 ? rates[tile.row] : acc_of<scalar_t>(0));
   if (c == 0) return;
   if (tile.aligned<scalar_t>())
     shrink_filter<true, scalar_t>(tile, c, radial);

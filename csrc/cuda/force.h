@@ -35,7 +35,7 @@ void pull(
     const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights, const at::Tensor& targets,
     const at::Tensor& coefficients, const at::Tensor& scale, bool radial, at::ScalarType dtype);
 
-// w ← sgn(w) · max(|w| − t, 0) at t = rates[row] · (1 − found_inf) · c_n, or its radial twin.
+// w ← sgn(w) · max(|w| − t, 0) at t = rates[row] · c_n, or its radial twin; nothing where found_inf ≠ 0.
 void shrink(
     const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights,
     const at::Tensor& coefficients, const at::Tensor& rates, const at::Tensor& found_inf, bool radial,
