@@ -1,9 +1,12 @@
 """What a figure is: a row of a CSV file."""
 
 import csv
+import importlib.util
+import os
 import platform
 import statistics
 import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -42,6 +45,7 @@ def write(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
+@cache
 def device(on: str) -> str:
     if on == "cuda":
         return torch.cuda.get_device_name()
@@ -51,11 +55,22 @@ def device(on: str) -> str:
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
 
 
+@cache
 def versions(on: str) -> str:
-    triton = f", triton {metadata.version('triton')}" if on == "cuda" else ""
-    return f"efreg {efreg.__version__}, torch {torch.__version__}{triton}"
+    known = f"efreg {efreg.__version__}, torch {torch.__version__}"
+    if on == "cuda" and importlib.util.find_spec("triton"):
+        known += f", triton {metadata.version('triton')}"
+    return known
 
 
+@cache
 def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    """EFREG_COMMIT, or what git says; a copy without its history does not know."""
+    if told := os.environ.get("EFREG_COMMIT"):
+        return told
+    try:
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
     return done.stdout.strip() or "unknown"
