@@ -336,8 +336,8 @@ class _Launcher:
     that efreg does in a step.
     """
 
-    def __init__(self, kernel: Callable):
-        self._kernel = kernel
+    def __init__(self, kernel: Callable, registers: Callable[[int], int] | None = None):
+        self._kernel, self._registers = kernel, registers
         self._compiled = {}
 
     def __call__(self, dtype: torch.dtype, *tensors: torch.Tensor, **constants) -> None:
@@ -352,9 +352,19 @@ class _Launcher:
                 kernel[programs, 1, 1](*map(torch.Tensor.data_ptr, tensors), *constants)
             else:
                 constants |= {"DTYPE": TYPES[dtype], "ACC": TYPES[_accumulator(dtype)]}
-                kernel = self._kernel[programs,](*tensors, **constants, **_options())
+                kernel = self._kernel[programs,](*tensors, **constants, **self.options(dtype))
                 if kernel is not None:  # the interpreter compiles nothing
                     self._compiled[key] = kernel, tuple(constants.values())
+
+    def options(self, dtype: torch.dtype) -> dict:
+        """What the kernel is compiled with for tensors of `dtype` on the current device."""
+        if triton.knobs.runtime.interpret:
+            return {}
+        target = triton.runtime.driver.active.get_current_target()
+        options = {"num_warps": launch.warps(target.warp_size), "enable_fp_fusion": False}
+        if self._registers and target.backend == "cuda":
+            options["maxnreg"] = self._registers(_accumulator(dtype).itemsize)
+        return options
 
 
 TYPES = {
@@ -380,15 +390,8 @@ def _current(device: torch.device):
     return nullcontext() if device.index == module.current_device() else module.device(device)
 
 
-def _options() -> dict:
-    if triton.knobs.runtime.interpret:
-        return {}
-    warp_size = triton.runtime.driver.active.get_current_target().warp_size
-    return {"num_warps": launch.warps(warp_size), "enable_fp_fusion": False}
-
-
 _measure = _Launcher(measure_kernel)
-_charge = _Launcher(charge_kernel)
+_charge = _Launcher(charge_kernel, launch.charge_registers)
 _pull = _Launcher(pull_kernel)
 _shrink = _Launcher(shrink_kernel)
 

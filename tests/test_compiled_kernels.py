@@ -23,7 +23,7 @@ SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 # Both values of every flag, but not each with each of another: no two decide about the same lines.
 VARIANTS = {
     "measure": [{"COUNT": True, "NORM": False}, {"COUNT": False, "NORM": True}],
-    "charge": [{"KIND": "electrostatic", "COUNT": True}, {"KIND": "l1", "COUNT": False}],
+    "charge": [{"KIND": "electrostatic", "COUNT": False}, {"KIND": "l1", "COUNT": True}],
     "pull": [{"RADIAL": False}, {"RADIAL": True}],
     "shrink": [{"RADIAL": False}, {"RADIAL": True}],
 }
@@ -35,7 +35,6 @@ POINTEES = {
     "weights": "i64",
     "targets": "i64",
     "done": "i32",
-    "found_inf": "fp32",
 }
 
 
@@ -43,6 +42,7 @@ def compile_all(backend, arch, warp_size):
     """One dict for each kernel, dtype and variant: what it is, its code, and what it takes."""
     from types import SimpleNamespace
 
+    import torch
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -64,8 +64,9 @@ def compile_all(backend, arch, warp_size):
                     argument: "constexpr" if argument in constants else f"*{POINTEES.get(argument, acc.name)}"
                     for argument in kernel.arg_names
                 }
+                options = getattr(force, f"_{name}").options(getattr(torch, dtype))
                 source = ASTSource(kernel, signature, constants, {})
-                compiled = triton.compile(source, target=target, options=force._options())
+                compiled = triton.compile(source, target=target, options=options)
                 code = compiled.asm["ptx" if backend == "cuda" else "amdgcn"]
                 registers, memory = in_cubin(compiled.asm["cubin"]) if backend == "cuda" else in_amdgcn(code)
                 yield {
@@ -107,16 +108,28 @@ def target(request):
 
 
 @pytest.fixture(scope="module")
-def compiled(target, tmp_path_factory):
-    """What compile_all yields, compiled anew in another process."""
+def compilers(tmp_path_factory):
+    """A process for each target that compiles all kernels anew; they run side by side."""
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     cache = str(tmp_path_factory.mktemp("triton"))
     environment = {**os.environ, "PYTHONPATH": paths, "TRITON_CACHE_DIR": cache}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, __file__, json.dumps(target)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    pipes = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = {
+        target: subprocess.Popen([sys.executable, __file__, json.dumps(target)], **pipes)
+        for target in TARGETS
+    }
+    yield running
+    for process in running.values():
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def compiled(target, compilers):
+    """What compile_all yields for a target."""
+    written, errors = compilers[target].communicate(timeout=280)
+    assert compilers[target].returncode == 0, errors
+    return json.loads(written)
 
 
 def pick(kernels, name, dtype):
@@ -157,17 +170,13 @@ def access(instruction):
     return None
 
 
-# ptxas 12.9 sets one value of this aside during the loops, for 40 registers; 13.4 takes 44 and no stack.
-ON_STACK = {(80, "charge", "float32"): 8}
-
-
 @pytest.mark.parametrize("dtype", SIZES)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_registers_suffice(compiled, target, name, dtype):
+def test_registers_suffice(compiled, name, dtype):
     """Nothing is spilled, and nothing lies on a stack."""
     for kernel in pick(compiled, name, dtype):
         message = f"{kernel['flags']}: {kernel['memory']}{report(compiled)}"
-        assert sum(kernel["memory"].values()) <= ON_STACK.get((target[1], name, dtype), 0), message
+        assert not any(kernel["memory"].values()), message
         assert not re.search(r"\.local\b|\bscratch_(load|store)", kernel["code"]), message
 
 

@@ -96,7 +96,6 @@ def test_nothing_is_compiled_after_the_first_step(monkeypatch):
     fakes = {name: Fake() for name in ("_charge", "_shrink", "_pull")}
     for name, fake in fakes.items():
         monkeypatch.setattr(force, name, force._Launcher(fake))
-    monkeypatch.setattr(force, "_options", dict)
     backend, weight = backends.select("triton", CPU), torch.randn(4, 5)
     rows, c = Rows.of([weight], [0]), torch.zeros(4)
     for epoch in range(200):
@@ -111,7 +110,6 @@ def test_nothing_is_compiled_after_the_first_step(monkeypatch):
 def test_a_compiled_kernel_gets_addresses_in_the_kernels_order(monkeypatch):
     fake = Fake()
     monkeypatch.setattr(force, "_pull", force._Launcher(fake))
-    monkeypatch.setattr(force, "_options", dict)
     tensors = [torch.zeros(3, 2)] + [torch.zeros(2) for _ in range(5)]
     for _ in range(2):
         force.pull(*tensors, True, torch.bfloat16)
