@@ -50,6 +50,9 @@ def attach(
     refresh: None takes the charges once, at the first step; k takes them anew every k optimizer steps.
     backend: "auto", "triton", "cuda", "cpp" or "reference"; EFREG_BACKEND sets what "auto" means.
 
+    A whole step can be captured into a CUDA graph after an eager one, with refresh=1, or with None once
+    charges have been taken. What a graph reads is kept until the process ends.
+
     The force lives as long as the model or until `detach()`; a copy of the model does not carry it. A line
     search (LBFGS with strong_wolfe) looks at the loss, which the force is not in: give it `penalty` instead.
     Raises ValueError or TypeError, before anything changed, for arguments and layers that cannot be served,
