@@ -136,7 +136,7 @@ class Launched(Backend):
     """
 
     def __init__(self, device: torch.device):
-        if capturing(device):
+        if torch.cuda.is_initialized() and capturing(device):
             raise RuntimeError("a graph is being captured: do once outside what is to be captured")
         try:
             self._kernels = self._load()
