@@ -240,16 +240,17 @@ def select(name: str, device: torch.device) -> Backend:
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}: there are auto, {', '.join(BACKENDS)}")
     if not serves(name, device.type):
-        raise BackendUnavailable(
-            f"backend {name!r} serves {', '.join(SERVES[name])}; the weights are on {device}"
-        )
+        interpreted = name == "triton" and native.interpreting()
+        served = "cpu while TRITON_INTERPRET is set" if interpreted else ", ".join(SERVES[name])
+        raise BackendUnavailable(f"backend {name!r} serves {served}; the weights are on {device}")
     return _backend(name, device)
 
 
 def serves(name: str, device_type: str) -> bool:
-    """Whether backend `name` is made for devices of this type."""
-    interpreted = name == "triton" and device_type == "cpu" and native.interpreting()
-    return interpreted or device_type in SERVES.get(name, (device_type,))
+    """Whether backend `name` is made for such devices; Triton's interpreter reads the CPU's memory alone."""
+    if name == "triton" and native.interpreting():
+        return device_type == "cpu"
+    return device_type in SERVES.get(name, (device_type,))
 
 
 def _untried(name: str, device_type: str) -> bool:

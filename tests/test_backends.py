@@ -40,6 +40,8 @@ def test_the_environment_chooses_for_auto_alone(monkeypatch):
 def test_a_backend_that_does_not_serve_the_device_is_refused():
     with pytest.raises(efreg.BackendUnavailable, match="'cpp' serves cpu; the weights are on cuda:0"):
         backends.select("cpp", torch.device("cuda", 0))
+    with pytest.raises(efreg.BackendUnavailable, match="'triton' serves cpu while TRITON_INTERPRET is set"):
+        backends.select("triton", torch.device("cuda", 0))
     assert backends.select("auto", torch.device("cuda", 0)).name == "reference"
 
 
