@@ -3,6 +3,7 @@
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from typing import TypeVar
 
 import torch
@@ -70,7 +71,7 @@ class Table:
     """Where the filters of some rows lie: arrays on the device, laid out as kernels/force.py says.
 
     It holds no tensor of the rows. Weights that are not dense in memory, filter behind filter, have a dense
-    copy here, which `weights` renews.
+    copy here, which `read` renews.
     """
 
     def __init__(self, rows: Rows):
@@ -89,7 +90,7 @@ class Table:
             if not _filters_are_dense(weight, dim)
         }
         addresses = [self.copies.get(i, weight).data_ptr() for i, weight in enumerate(rows.tensors)]
-        starts = [sum(filters[:i]) for i in range(len(filters))]
+        starts = accumulate(filters, initial=0)
         self.tiles = send(_tiles(filters, sizes), torch.int32, self.device)
         self.layout = send(list(zip(filters, sizes, rows.offsets, starts)), torch.int64, self.device)
         self.weights = send(addresses, torch.int64, self.device)
