@@ -14,12 +14,13 @@ namespace efreg {
 using Tensors = std::vector<at::Tensor>;
 using Integers = std::vector<int64_t>;
 
-// A law that the kernels know: c_n = strength · m_src / (r_n² + (softening · m_src)²), or c_n = strength.
+// A law that the kernels know; strength and shape are the law's native numbers (efreg/laws.py):
+// c_n = strength · m_src / (r_n² + (shape · m_src)²), strength · (rank_n / (N − 1))^shape, or strength.
 struct Law {
-  enum Kind { kElectrostatic, kL1 };
+  enum Kind { kElectrostatic, kLadder, kL1 };
   Kind kind;
-  double strength;  // α · k_e, or α
-  double softening;
+  double strength;
+  double shape;
   bool count;  // s_n = sgn(Σ sgn(w)), else sgn(Σ w)
 };
 
@@ -43,8 +44,9 @@ at::Tensor charge(
     const Law& law);
 
 // charge and pull, a few layers at a time, so that the weights are still in cache when they are read again.
+// The first `charged` rows have charges; those behind share their coefficients, through the offsets.
 void force(
     const Tensors& grads, const Tensors& weights, const at::Tensor& coefficients, const Integers& offsets,
-    const Integers& dims, const Law& law, double scale);
+    const Integers& dims, int64_t charged, const Law& law, double scale);
 
 }  // namespace efreg

@@ -9,9 +9,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using efreg::Law;
 
   py::class_<Law> law(m, "Law");
-  py::enum_<Law::Kind>(law, "Kind").value("electrostatic", Law::kElectrostatic).value("l1", Law::kL1);
+  py::enum_<Law::Kind>(law, "Kind")
+      .value("electrostatic", Law::kElectrostatic)
+      .value("ladder", Law::kLadder)
+      .value("l1", Law::kL1);
   law.def(
-      py::init<Law::Kind, double, double, bool>(), py::arg("kind"), py::arg("strength"), py::arg("softening"),
+      py::init<Law::Kind, double, double, bool>(), py::arg("kind"), py::arg("strength"), py::arg("shape"),
       py::arg("count"));
 
   m.def("measure", &efreg::measure, release());

@@ -5,8 +5,9 @@ force = efreg.attach(model, alpha=1e-12, layers=plan)     # train as before
 small = efreg.prune(model, plan, example_inputs=x)
 """
 
+from efreg import schedules
 from efreg.attachment import Attachment, attach
-from efreg.laws import L1, Charges, Electrostatic, Law
+from efreg.laws import L1, LAWS, Charges, Electrostatic, GroupLasso, Ladder, Law
 from efreg.native import BackendUnavailable
 from efreg.ops import measure, penalty
 from efreg.planning import Plan, plan
@@ -18,10 +19,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "L1",
+    "LAWS",
     "Attachment",
     "BackendUnavailable",
     "Charges",
     "Electrostatic",
+    "GroupLasso",
+    "Ladder",
     "Law",
     "Plan",
     "PruningError",
@@ -36,4 +40,5 @@ __all__ = [
     "recalibrate",
     "report",
     "save",
+    "schedules",
 ]

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from efreg import stepping
 from efreg.backends import Backend, select
-from efreg.laws import Charges, Law, resolve
+from efreg.laws import Alpha, Charges, Factor, Law, resolve, strength_at
 from efreg.layers import Layer, check_module, find_layers
 from efreg.reference import accumulator
 from efreg.sending import capturing
@@ -29,10 +29,11 @@ PATIENCE = 20
 
 def attach(
     model: nn.Module,
-    alpha: float | None = None,
+    alpha: Alpha | None = None,
     *,
     law: str | Law = "electrostatic",
     layers=None,
+    scope: str = "weights",
     refresh: int | None = None,
     update: str = "gradient",
     backend: str = "auto",
@@ -43,15 +44,22 @@ def attach(
     (`update="gradient"`), or after it w ← sgn(w) · max(|w| − lr · c_n, 0) (`"proximal"`, which leaves exact
     zeros). Works with gradient accumulation, GradScaler, clipping, closures, DDP and `torch.compile`.
 
-    alpha: the strength α ≥ 0, with a law's name; an instance has its own.
-    law: "electrostatic", "l1", or an instance, such as `efreg.Electrostatic(alpha=1e-12, softening=0.1)`.
+    alpha: the strength α ≥ 0, with a law's name; an instance has its own. A function of the step makes it a
+        schedule (efreg/schedules.py has some); it is called with `steps`, the optimizer steps served before,
+        and must not hold the model. A 0-dim tensor is read at every step, on an accelerator without waiting.
+    law: "electrostatic", "ladder", "l1", "group_lasso", or an instance: `efreg.Ladder(1e-2, power=2)`.
     layers: None (every ungrouped convolution), a plan (the layers that it prunes), or names, glob patterns
         and modules; linear layers and transposed convolutions when named.
+    scope: "weights" pulls the layers' weights alone, as the paper does; "filter" all that removal takes
+        from a filter, with the filter's own coefficient: weight, bias, scale and shift of the norm behind it.
+        It needs a plan made with example_inputs. Charges are those of the weights in both. What another
+        optimizer steps than the weight is left alone, and reported.
     refresh: None takes the charges once, at the first step; k takes them anew every k optimizer steps.
     backend: "auto", "triton", "cuda", "cpp" or "reference"; EFREG_BACKEND sets what "auto" means.
 
     A whole step can be captured into a CUDA graph after an eager one, with refresh=1, or with None once
-    charges have been taken. What a graph reads is kept until the process ends.
+    charges have been taken, and with an α that is a number or a tensor on the device. What a graph reads is
+    kept until the process ends.
 
     The force lives as long as the model or until `detach()`; a copy of the model does not carry it. A line
     search (LBFGS with strong_wolfe) looks at the loss, which the force is not in: give it `penalty` instead.
@@ -63,7 +71,8 @@ def attach(
     return Attachment(
         unwrap(model),
         resolve(law, alpha),
-        find_layers(model, layers),
+        find_layers(model, layers, scope),
+        scope=scope,
         refresh=_checked_refresh(refresh),
         update=_checked_update(update),
         backend=backend,
@@ -73,16 +82,23 @@ def attach(
 class _Group:
     """The layers of one device and dtype that one optimizer steps: they share the operations' calls."""
 
-    def __init__(self, layers: list[Layer], owners: dict[int, dict], backend: Backend):
+    def __init__(
+        self, layers: list[Layer], owners: dict[int, dict], serving: Callable[[torch.device], Backend]
+    ):
         weights = [layer.weight for layer in layers]
         self.layers = layers
         self.owners = owners
-        self.backend = backend
         self.device = weights[0].device
+        self.backend = serving(self.device)
+        self._serving = serving
+        self._param_groups = {id(group): group for group in owners.values()}
         self.measured = Rows.of(weights, [layer.dim for layer in layers])
-        members = [(*m, o) for layer, o in zip(layers, self.measured.offsets) for m in layer.members]
-        weights_alone = len(members) == len(layers)
-        self.members = self.measured if weights_alone else Rows(*zip(*members))
+        others = [
+            (*place, offset)
+            for layer, offset in zip(layers, self.measured.offsets)
+            for place in layer.places().values()
+        ]
+        self.members, self.elsewhere = self._rows(others)
         self.coefficients = _flat_coefficients(layers)
         self.kept = self.measured.cut(self.coefficients)
         self.due = [i for i, layer in enumerate(layers) if layer.coefficient is None]
@@ -91,20 +107,37 @@ class _Group:
         self._all_kept = False
         self._gone: list[weakref.ref] = []
         self._modules = [weakref.ref(layer.module, self._gone.append) for layer in layers]
-        self._parameters = [layer.module._parameters for layer in layers]
+        self._places = [(layer.module._parameters, "weight") for layer in layers]
+        self._places += [(parameters, key) for parameters, key, _ in others]
+        self._parameters = self._found()
         self._known = self._look()
 
     def is_current(self) -> bool:
-        """Whether the weights are still those that the group was made of, where they were."""
-        weights = [parameters.get("weight") for parameters in self._parameters]
+        """Whether the parameters are still those that the group was made of, where they were."""
         return (
-            all(map(is_, weights, self.measured.tensors)) and self._look() == self._known and not self._gone
+            all(map(is_, self._found(), self._parameters)) and self._look() == self._known and not self._gone
         )
 
+    def _rows(self, others: list[tuple[dict, str, int]]) -> tuple[Rows, list[Rows]]:
+        """What is pulled in one go, the weights first; and apart what is of another dtype or device."""
+        stepped = [
+            (parameters[key], o) for parameters, key, o in others if id(parameters[key]) in self.owners
+        ]
+        first, members, apart = self.measured.tensors[0], self.measured, []
+        for group in by_device_and_dtype(stepped, lambda other: other[0]):
+            if (group[0][0].device, group[0][0].dtype) == (first.device, first.dtype):
+                members = members.with_more(*zip(*group))
+            else:
+                apart.append(Rows([], [], []).with_more(*zip(*group)))
+        return members, apart
+
+    def _found(self) -> list:
+        return [parameters.get(key) for parameters, key in self._places]
+
     def _look(self) -> tuple:
-        """What is compared at every step, with little time for each layer."""
-        weights = self.measured.tensors
-        return list(map(Tensor.data_ptr, weights)), list(map(Tensor.numel, weights)), weights[0].dtype
+        """What is compared at every step, with little time for each parameter."""
+        there = self._parameters
+        return list(map(Tensor.data_ptr, there)), list(map(Tensor.numel, there)), there[0].dtype
 
     def count_step(self, refresh: int | None) -> None:
         """One more optimizer step: finds the layers whose charges are to be taken in it."""
@@ -128,23 +161,40 @@ class _Group:
             self.backend.charge(self.measured.only(self.due), self.coefficients, law)
             self._keep()
 
-    def pull(self, law: Law, scale: float | Tensor) -> None:
+    def pull(self, law: Law, scale: Factor) -> None:
         """Adds the force to the gradients, with charges taken now where they are due."""
+        radial = law.direction == "radial"
         grads = [member.grad for member in self.members.tensors]
-        if len(self.due) == len(self.layers) and self.members is self.measured:
-            self.backend.force(grads, self.measured, self.coefficients, law, scale=scale)
-            return self._keep()
-        self.charge(law)
-        radial = law.direction == "radial"
-        self.backend.pull(grads, self.members, self.coefficients, scale=scale, radial=radial)
+        if len(self.due) == len(self.layers):
+            self.backend.force(
+                grads, self.members, self.coefficients, law, scale=scale, measured=self.measured
+            )
+            self._keep()
+        else:
+            self.charge(law)
+            self.backend.pull(grads, self.members, self.coefficients, scale=scale, radial=radial)
+        for rows in self.elsewhere:
+            grads = [member.grad for member in rows.tensors]
+            backend, coefficients = self._for(rows)
+            backend.pull(grads, rows, coefficients, scale=scale, radial=radial)
 
-    def shrink(self, law: Law, found_inf: Tensor | None) -> None:
-        """The proximal step of every member that has a gradient, each with its own learning rate."""
-        rates = [
-            0.0 if member.grad is None else self.owners[id(member)]["lr"] for member in self.members.tensors
-        ]
-        radial = law.direction == "radial"
-        self.backend.shrink(self.members, self.coefficients, rates=rates, found_inf=found_inf, radial=radial)
+    def shrink(self, law: Law, scale: Factor, found_inf: Tensor | None) -> None:
+        """The proximal step of every member that has a gradient, at its own learning rate times `scale`."""
+        rates = {key: _times(group["lr"], scale) for key, group in self._param_groups.items()}
+        for rows in (self.members, *self.elsewhere):
+            backend, coefficients = self._for(rows)
+            by = [
+                0.0 if member.grad is None else rates[id(self.owners[id(member)])] for member in rows.tensors
+            ]
+            radial = law.direction == "radial"
+            backend.shrink(rows, coefficients, rates=by, found_inf=found_inf, radial=radial)
+
+    def _for(self, rows: Rows) -> tuple[Backend, Tensor]:
+        """The backend that serves these rows, and the coefficients as it reads them."""
+        if rows is self.members:
+            return self.backend, self.coefficients
+        like = rows.tensors[0]
+        return self._serving(like.device), self.coefficients.to(like.device, accumulator(like.dtype))
 
     def _keep(self) -> None:
         if not self._all_kept:
@@ -157,14 +207,20 @@ class _Group:
 class Attachment:
     """A force at work, as `attach` returns it. As a context manager it detaches at the end.
 
-    law, refresh, update: as given to `attach`. steps: optimizer steps served so far.
+    law, scope, refresh_every, update: as given to `attach`. steps: optimizer steps served so far, of all
+    optimizers together.
     """
 
-    def __init__(self, model, law, layers, *, refresh, update, backend):
+    def __init__(self, model, law, layers, *, scope, refresh, update, backend):
         self.law: Law = law
+        self.scope: str = scope
         self.refresh_every: int | None = refresh
         self.update: str = update
         self.steps = 0
+        # Charges are taken with α in the coefficients where it is a number, with α = 1 where it changes.
+        self._scheduled = callable(law.alpha) or isinstance(law.alpha, Tensor)
+        self._law = law.at_unit_strength() if self._scheduled else law
+        self._strength: Factor = self._strength_now()
         self._layers: list[Layer] = layers
         self._backend_name = backend
         self._backends = {device: select(backend, device) for device in {la.weight.device for la in layers}}
@@ -186,9 +242,12 @@ class Attachment:
 
     @torch.no_grad()
     def energy(self) -> Tensor:
-        """α Σ_layers Σ_n F_n of the weights as they are now, the term of Eq. 7. 0-dim, on their device."""
-        terms = [self.law.energy(c, self.law.of(c)) for _, c in self._measured()]
-        return torch.stack([term.to(terms[0]) for term in terms]).sum()
+        """α Σ_layers Σ_n F_n of the weights as they are now, the term of Eq. 7. 0-dim, on their device.
+
+        α is that of the last step; what `scope="filter"` pulls beside the weights is not in it.
+        """
+        terms = [self._law.energy(c, self._law.of(c)) for _, c in self._measured()]
+        return _times(torch.stack([term.to(terms[0]) for term in terms]).sum(), self._strength)
 
     @torch.no_grad()
     def charges(self) -> dict[str, Charges]:
@@ -198,10 +257,9 @@ class Attachment:
         """
         found = {}
         for layer, c in self._measured():
-            kept = (
-                self.law.of(c) if layer.coefficient is None else layer.coefficient.to(c.magnitude, copy=True)
-            )
-            found[layer.name] = Charges(c.magnitude, c.sign, c.size, c.norm, kept)
+            taken = layer.coefficient is not None
+            kept = layer.coefficient.to(c.magnitude, copy=True) if taken else self._law.of(c)
+            found[layer.name] = Charges(c.magnitude, c.sign, c.size, c.norm, _times(kept, self._strength))
         return {layer.name: found[layer.name] for layer in self._living()}
 
     def refresh(self) -> None:
@@ -226,12 +284,20 @@ class Attachment:
             for layer in self._layers
             if layer.coefficient is not None
         }
-        return {"steps": self.steps, "layers": layers}
+        return {"steps": self.steps, "scheduled": self._scheduled, "layers": layers}
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes up where `state_dict` left off. Raises ValueError, changing nothing, for other layers."""
+        """Takes up where `state_dict` left off.
+
+        Raises ValueError, changing nothing, for other layers, and for an α that was a number then and changes
+        now, or the other way round.
+        """
         if not {"steps", "layers"} <= state.keys():
             raise ValueError("this is no state of a force: give what `state_dict` returned")
+        if state.get("scheduled", False) != self._scheduled:
+            raise ValueError(
+                "the state is of a force with another kind of alpha, a number or a schedule: attach the same"
+            )
         layers = {layer.name: layer for layer in self._living()}
         for name, saved in state["layers"].items():
             if name not in layers or len(saved["coefficient"]) != layers[name].filters:
@@ -253,10 +319,11 @@ class Attachment:
             self._served.clear()
             self._claims.clear()
             self._mind_the_unstepped()
-        groups = self._unserved(self._groups_of(optimizer))
+        groups = self._unserved(self._groups_of(optimizer, outermost))
         if not groups:
             return args, kwargs
-        self.steps += outermost
+        if not self._served:  # the first to claim layers in this outermost step
+            self._begin_step(groups)
         self._claims[step] = groups
         for group in groups:
             self._served.append(group)
@@ -275,7 +342,7 @@ class Attachment:
         groups = self._claims.pop(step, [])
         if self.update == "proximal":
             for group in groups:
-                group.shrink(self.law, getattr(optimizer, "found_inf", None))
+                group.shrink(self._law, self._strength, getattr(optimizer, "found_inf", None))
 
     def __enter__(self) -> "Attachment":
         return self
@@ -291,21 +358,37 @@ class Attachment:
         backends = ", ".join(sorted({backend.name for backend in self._backends.values()}))
         filters = sum(layer.filters for layer in self._living())
         return (
-            f"Attachment({self.law}, {len(self._layers)} layers, {filters} filters, "
+            f"Attachment({self.law}, {len(self._layers)} layers, {filters} filters, scope={self.scope!r}, "
             f"refresh={self.refresh_every}, update={self.update!r}, backend={backends}, "
             f"{self.steps} steps served)"
         )
 
     @torch.no_grad()
     def _pull(self, optimizer: Optimizer, groups: list[_Group]) -> None:
-        scale = getattr(optimizer, "grad_scale", None)
+        grad_scale = getattr(optimizer, "grad_scale", None)
+        scale = self._strength if grad_scale is None else _times(grad_scale, self._strength)
         for group in groups:
-            group.pull(self.law, 1.0 if scale is None else scale)
+            group.pull(self._law, scale)
 
     @torch.no_grad()
     def _charge(self, groups: list[_Group]) -> None:
         for group in groups:
-            group.charge(self.law)
+            group.charge(self._law)
+
+    def _begin_step(self, groups: list[_Group]) -> None:
+        """Looks at α, and counts the step."""
+        strength = self._strength_now()
+        if self._scheduled and isinstance(strength, float) and any(capturing(g.device) for g in groups):
+            raise RuntimeError(
+                "this alpha changes with the steps, which the replays of a CUDA graph do not see: give a "
+                "0-dim tensor on the device and fill it before each replay"
+            )
+        self._strength = strength
+        self.steps += 1
+
+    def _strength_now(self) -> Factor:
+        """α, where it is not in the coefficients."""
+        return strength_at(self.law.alpha, self.steps) if self._scheduled else 1.0
 
     def _pulling(self, closure: Callable, optimizer: Optimizer, groups: list[_Group]) -> Callable:
         """The closure, with the force added to the gradients that it leaves."""
@@ -318,24 +401,26 @@ class Attachment:
 
         return evaluate
 
-    def _groups_of(self, optimizer: Optimizer) -> list[_Group]:
+    def _groups_of(self, optimizer: Optimizer, outermost: bool) -> list[_Group]:
         """What `optimizer` steps of this model, regrouped where weights or the optimizer's groups changed."""
         signature = [
             (id(group), id(group["params"]), len(group["params"])) for group in optimizer.param_groups
         ]
         known, groups = self._groups.get(optimizer, (None, []))
         if known != signature or not all(group.is_current() for group in groups):
-            groups = self._regroup(optimizer)
+            groups = self._regroup(optimizer, outermost)
             self._groups[optimizer] = (signature, groups)
         return groups
 
-    def _regroup(self, optimizer: Optimizer) -> list[_Group]:
+    def _regroup(self, optimizer: Optimizer, outermost: bool) -> list[_Group]:
         owners = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         if self.update == "proximal" and not all("lr" in group for group in optimizer.param_groups):
             raise ValueError(f"{type(optimizer).__name__} has no learning rate, which a proximal step needs")
         self._layers = self._living()
         for layer in self._layers:
             check_module(layer.module, layer.name)
+        if outermost:  # one within may own a shard
+            self._mind_the_strangers(owners)
         self._patience = PATIENCE
         return self._grouped([layer for layer in self._layers if id(layer.weight) in owners], owners)
 
@@ -353,7 +438,7 @@ class Attachment:
             if any(not set(group.layers).isdisjoint(layers) for group in groups):
                 del self._groups[optimizer]
         together = by_device_and_dtype(layers, lambda layer: layer.weight)
-        return [_Group(group, owners, self._backend(group[0].weight.device)) for group in together]
+        return [_Group(group, owners, self._backend) for group in together]
 
     def _living(self) -> list[Layer]:
         """The layers whose modules are still there."""
@@ -365,9 +450,24 @@ class Attachment:
         if self._patience:
             return
         stepped = {layer for _, groups in self._groups.values() for group in groups for layer in group.layers}
-        names = [layer.name for layer in self._living() if layer not in stepped]
+        self._report(
+            "no optimizer steps these weights, no force acts on them: %s",
+            [layer.name for layer in self._living() if layer not in stepped],
+        )
+
+    def _mind_the_strangers(self, owners: dict[int, dict]) -> None:
+        """Reports once what belongs to a filter, but is gone or not stepped with its weight."""
+        gone, strange = [], []
+        for layer in [layer for layer in self._layers if id(layer.weight) in owners]:
+            there = {name: parameters[key] for name, (parameters, key) in layer.places().items()}
+            gone += [name for name in layer.others if name not in there]
+            strange += [n for n, p in there.items() if p.requires_grad and id(p) not in owners]
+        self._report("these are no longer in the model, no force acts on them: %s", gone)
+        self._report("the optimizer of their weight does not step these, no force acts on them: %s", strange)
+
+    def _report(self, message: str, names: list[str]) -> None:
         if new := [name for name in names if name not in self._reported]:
-            logger.warning("no optimizer steps these weights, no force acts on them: %s", ", ".join(new))
+            logger.warning(message, ", ".join(new))
             self._reported.update(new)
 
     def _backend(self, device: torch.device) -> Backend:
@@ -386,6 +486,13 @@ class Attachment:
 
 
 _attached: "weakref.WeakSet[Attachment]" = weakref.WeakSet()
+
+
+def _times(number: Factor, strength: Factor) -> Factor:
+    """The product, where the number lies; a strength of 1 costs nothing."""
+    if isinstance(strength, Tensor):
+        return strength.to(number.device) * number if isinstance(number, Tensor) else strength * number
+    return number if strength == 1 else number * strength
 
 
 def _nothing() -> None:

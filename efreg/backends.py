@@ -8,16 +8,13 @@ import torch
 from torch import Tensor
 
 from efreg import native, reference
-from efreg.laws import Law
+from efreg.laws import Factor, Law
 from efreg.native import BackendUnavailable
 from efreg.sending import capturing, keep_if_captured, on_device
 from efreg.table import Rows, Table
 
 logger = logging.getLogger("efreg")
 
-
-Scale = float | Tensor
-"""A factor: a number, or a 0-dim tensor on the device, which nobody waits for."""
 
 Grads = list[Tensor | None]
 """A gradient for each row, or None."""
@@ -35,7 +32,7 @@ class Backend:
         """Magnitudes, signs and, where `norm`, L2 norms of all filters, row behind row."""
         raise NotImplementedError
 
-    def pull(self, grads: Grads, rows: Rows, coefficients: Tensor, *, scale: Scale, radial: bool) -> None:
+    def pull(self, grads: Grads, rows: Rows, coefficients: Tensor, *, scale: Factor, radial: bool) -> None:
         """grads += scale · c_n · sgn(w), or its radial twin; a row whose gradient is None is left alone."""
         raise NotImplementedError
 
@@ -44,7 +41,7 @@ class Backend:
         rows: Rows,
         coefficients: Tensor,
         *,
-        rates: list[Scale],
+        rates: list[Factor],
         found_inf: Tensor | None = None,
         radial: bool,
     ) -> None:
@@ -58,9 +55,18 @@ class Backend:
             c.copy_(law.of(charges))
         return measured[0]
 
-    def force(self, grads: Grads, rows: Rows, coefficients: Tensor, law: Law, *, scale: Scale) -> None:
-        """`charge`, then `pull`."""
-        self.charge(rows, coefficients, law)
+    def force(
+        self,
+        grads: Grads,
+        rows: Rows,
+        coefficients: Tensor,
+        law: Law,
+        *,
+        scale: Factor,
+        measured: Rows | None = None,
+    ) -> None:
+        """`charge`, then `pull`. measured: the first of the rows, where these alone have charges."""
+        self.charge(measured or rows, coefficients, law)
         self.pull(grads, rows, coefficients, scale=scale, radial=law.direction == "radial")
 
 
@@ -82,6 +88,7 @@ class Reference(Backend):
 
     def shrink(self, rows, coefficients, *, rates, found_inf=None, radial):
         for rate, weight, dim, c in zip(rates, rows.tensors, rows.dims, rows.cut(coefficients)):
+            rate = rate.to(c.device) if isinstance(rate, Tensor) else rate
             scale = rate if found_inf is None else rate * (found_inf.to(c.device) == 0)
             reference.shrink(weight, c, dim, scale=scale, radial=radial)
 
@@ -116,16 +123,25 @@ class Cpp(Backend):
             return super().charge(rows, coefficients, law)
         return self._module.charge(rows.tensors, coefficients, rows.offsets, rows.dims, self._known(law))
 
-    def force(self, grads, rows, coefficients, law, *, scale):
+    def force(self, grads, rows, coefficients, law, *, scale, measured=None):
         if not law.native_kind or any(grad is None for grad in grads):
-            return super().force(grads, rows, coefficients, law, scale=scale)
-        known, scale = self._known(law), float(scale)
-        self._module.force(grads, rows.tensors, coefficients, rows.offsets, rows.dims, known, scale)
+            return super().force(grads, rows, coefficients, law, scale=scale, measured=measured)
+        charged = len((measured or rows).tensors)
+        self._module.force(
+            grads,
+            rows.tensors,
+            coefficients,
+            rows.offsets,
+            rows.dims,
+            charged,
+            self._known(law),
+            float(scale),
+        )
 
     def _known(self, law: Law):
         """The law as the kernels know it."""
         kind = getattr(self._module.Law.Kind, law.native_kind)
-        return self._module.Law(kind, law.strength, law.softening, law.sign == "count")
+        return self._module.Law(kind, *law.native_numbers, law.sign == "count")
 
 
 class Launched(Backend):
@@ -164,7 +180,7 @@ class Launched(Backend):
         table.check(coefficients)
         targets, copies = table.targets(grads, rows)
         table.read(rows)
-        self._launch("pull", table, targets, coefficients, on_device(scale, table.magnitude), radial)
+        self._launch("pull", table, targets, coefficients, table.scale(scale), radial)
         for grad, copy in copies:
             grad.copy_(copy)
         torch.autograd.graph.increment_version([grad for grad in grads if grad is not None])
@@ -183,7 +199,7 @@ class Launched(Backend):
             return super().charge(rows, coefficients, law)
         table = rows.table
         table.check(coefficients)
-        numbers = table.law(law.strength, law.softening)
+        numbers = table.law(law.native_numbers)
         table.read(rows)
         self._launch(
             "charge", table, table.magnitude, table.sign, coefficients, table.done, numbers,

@@ -3,9 +3,10 @@
 Torch-Pruning is asked for indices only, of a copy; what they are removed from is `efreg.surgery`'s affair.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,19 @@ class Removal:
     members: tuple[Member, ...]
 
 
+class Own(NamedTuple):
+    """What belongs to the filters of a layer and to nobody else.
+
+    members: qualified names of the layer's weight and bias, and of scale and shift of the norm behind it.
+    remark: why a norm behind it is not among them; empty where none is missing.
+    silent: whether a filter whose members are zero sends out nothing, whatever statistics a norm keeps.
+    """
+
+    members: tuple[str, ...]
+    remark: str
+    silent: bool
+
+
 class Channels:
     """How the channels of a model's layers hang together, traced on a copy that runs in eval mode.
 
@@ -78,23 +92,29 @@ class Channels:
         self._outputs = {output.grad_fn for output in outputs}
         self._modules = dict(traced.named_modules())
         self._names = {module: name for name, module in self._modules.items()}
+        self._owners = Counter(id(p) for _, p in traced.named_parameters(remove_duplicate=False))
 
-    def reader(self, layer: str) -> str | None:
-        """The one convolution or linear layer that reads the layer's output through channel-wise steps only.
+    def readers(self, layer: str) -> set[str]:
+        """The convolutions and linear layers that read the layer's output through channel-wise steps only.
 
-        None where there are several, none, or other things on the way.
+        None where other things are on a way.
         """
-        module = self._modules[layer]
-        node = self._graph.module2node.get(module)
-        while node is not None and len(set(node.outputs)) == 1 and node.grad_fn not in self._outputs:
-            previous, node = node, node.outputs[0]
-            if self._sources(node) != {previous}:
-                return None
-            if isinstance(node.module, READERS):
-                return self._names[node.module] if _reads(node.module, module.out_channels) else None
-            if not _is_channelwise(node):
-                return None
-        return None
+        module, found = self._modules[layer], set()
+        ways = [self._graph.module2node.get(module)]
+        while ways:
+            previous = ways.pop()
+            if previous is None or not previous.outputs or previous.grad_fn in self._outputs:
+                return set()
+            for node in set(previous.outputs):
+                if self._sources(node) != {previous}:
+                    return set()
+                if isinstance(node.module, READERS) and _reads(node.module, module.out_channels):
+                    found.add(self._names[node.module])
+                elif not isinstance(node.module, READERS) and _is_channelwise(node):
+                    ways.append(node)
+                else:
+                    return set()
+        return found
 
     def _sources(self, node: Any) -> set:
         """The nodes that feed this one, those that only reshape a parameter aside."""
@@ -113,6 +133,32 @@ class Channels:
         group = self._graph.get_pruning_group(module, prune_conv_out_channels, filters)
         members = [self._member(layer, dependency, channels) for dependency, channels in group]
         return Removal(layer, tuple(member for member in members if member is not None))
+
+    def own(self, layer: str) -> Own:
+        """What belongs to the layer's filters, entry n along dim 0 to filter n alone: see `Own`."""
+        module = self._modules[layer]
+        every = list(range(module.out_channels))
+        try:
+            behind = [m for m in self.removal(layer, every).members if m.dim == 0 and m.module != layer]
+        except PruningError as error:
+            return Own(self._parameters(layer), str(error), False)
+        norms = [m for m in behind if isinstance(self._modules[m.module], _BatchNorm)]
+        strangers = [m.module for m in norms if list(m.channels) != every or self._is_shared(m.module, every)]
+        own = [m.module for m in norms if m.module not in strangers and self._modules[m.module].affine]
+        remark = f"{', '.join(map(repr, strangers))} is not channel by channel its own" if strangers else ""
+        names = tuple(name for path in (layer, *own) for name in self._parameters(path))
+        return Own(names, remark, len(own) == len(norms))
+
+    def _parameters(self, path: str) -> tuple[str, ...]:
+        """Weight and bias of a module, by qualified name."""
+        found = self._modules[path]._parameters
+        return tuple(f"{path}.{name}" for name in ("weight", "bias") if found.get(name) is not None)
+
+    def _is_shared(self, norm: str, channels: Sequence[int]) -> bool:
+        """Whether the norm has other channels, too, or a parameter that has another place in the model."""
+        module = self._modules[norm]
+        tied = any(self._owners[id(p)] > 1 for p in module.parameters(recurse=False))
+        return tied or module.num_features != len(channels)
 
     def can_lose_filters(self, layer: str) -> bool:
         """Whether `removal` finds what goes along with a filter of the layer."""

@@ -1,12 +1,22 @@
 """Laws: how statistics of a layer's N filters become N coefficients. The only step in which forces differ."""
 
+import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+
+Factor = float | Tensor
+"""A number, or a 0-dim tensor; where it lies on an accelerator nobody waits for it."""
+
+Alpha = Factor | Callable[[int], Factor]
+"""α, or a function from the step, counted from 0, to α."""
+
+L = TypeVar("L", bound="Law")
 
 COULOMB = 8.99e9
 """k_e of Eq. 6, used as a number."""
@@ -50,19 +60,21 @@ class Law:
     along w/‖w_n‖₂), `sign` ("count" or "sum", how a filter's sign is taken) and `needs_norm`. Index with
     `gather` or `index_select`: `m[m.argmax()]` cannot be compiled into one graph.
 
-    alpha: the strength α ≥ 0. Raises TypeError for what is no number, ValueError for one not finite or < 0.
+    alpha: the strength α ≥ 0: a number, a 0-dim tensor, or a function of the step (efreg/schedules.py has
+        some), which is called once here, with 0. Where it is no number the coefficients must be proportional
+        to it: they are taken at α = 1.
+    Raises TypeError for an α of another kind, ValueError for one that is not finite, negative, or several.
     """
 
-    alpha: float
+    alpha: Alpha
 
     direction: ClassVar[str] = "sign"
     needs_norm: ClassVar[bool] = False
     native: ClassVar[str | None] = None
     sign = "count"
-    softening = 0.0
 
     def __post_init__(self):
-        _require_nonnegative("alpha", self.alpha)
+        strength_at(self.alpha, 0)
         if self.sign not in ("count", "sum"):
             raise ValueError(f"{type(self).__name__}.sign is {self.sign!r}: use 'count' or 'sum'")
         if self.direction not in ("sign", "radial"):
@@ -75,8 +87,10 @@ class Law:
     def of(self, charges: Charges) -> Tensor:
         """The coefficients, and 0 for filters that are not finite and wherever `coefficients` is not.
 
-        Raises ValueError where `coefficients` gives anything but a tensor [N].
+        Raises ValueError where `coefficients` gives anything but a tensor [N], TypeError for a function as α.
         """
+        if callable(self.alpha):
+            raise TypeError(f"alpha of {self} is a function: attach the law, or give its value at a step")
         c, m = self.coefficients(charges), charges.magnitude
         if c.shape != m.shape:
             raise ValueError(f"{type(self).__name__}.coefficients gave {tuple(c.shape)} for {len(m)} filters")
@@ -91,10 +105,16 @@ class Law:
         length = charges.norm if self.direction == "radial" else charges.magnitude
         return torch.where(coefficients != 0, coefficients * length, 0).sum()
 
+    def at_unit_strength(self: L) -> L:
+        """The same law with α = 1."""
+        twin = copy.copy(self)
+        object.__setattr__(twin, "alpha", 1.0)  # frozen, and its __init__ may be the user's
+        return twin
+
     @property
-    def strength(self) -> float:
-        """The factor in front of the formula: α, and whatever constant goes with it."""
-        return self.alpha
+    def native_numbers(self) -> tuple[float, float]:
+        """What the kernels take: the factor in front of the formula, and the number that shapes it."""
+        return self.alpha, 0.0
 
     @property
     def native_kind(self) -> str | None:
@@ -139,14 +159,54 @@ class Electrostatic(Law):
         r = (s_src * m_src - s * m).abs()
         if self.softening:
             r = torch.hypot(r, self.softening * m_src)
-        c = (torch.full_like(r, self.strength) / r) * (m_src / r)
+        strength, _ = self.native_numbers
+        c = (torch.full_like(r, strength) / r) * (m_src / r)
         acts = c.isfinite() & (s != 0) & (s_src != 0) & (torch.arange(len(m), device=m.device) != source)
         return torch.where(acts, c, 0)
 
     @property
-    def strength(self) -> float:
-        """α · k_e."""
-        return self.alpha * self.k_e
+    def native_numbers(self) -> tuple[float, float]:
+        """α · k_e, and the softening."""
+        return self.alpha * self.k_e, self.softening
+
+
+@dataclass(frozen=True)
+class Ladder(Law):
+    """Coefficients spread evenly over the filters' ranks: c_n = α · (p + 1) · (rank_n / (N − 1))^p.
+
+    Rank 0 is the largest magnitude, the lower index first where several tie. The mean coefficient is about α
+    (α itself at p = 1), so it compares with L1 at the same α. c_n is 0 where N = 1; filters that are not
+    finite have none, and count neither in the ranks nor in N.
+
+    Kept charges fix an order once, and the network moves what matters to the filters that are pulled least.
+    This law is efreg's own. Its relatives: torque pruning (Gupta et al. 2024), a ladder over the index, along
+    w/‖w‖₂; guided regularization (Rafid and Sandu 2023), which pulls some units more than others; SLOPE
+    (Bogdan et al. 2015), the opposite order, which pulls the largest most.
+
+    power: p ≥ 0; at 0 it is L1, the higher it is the fewer filters bear the force.
+    """
+
+    native: ClassVar[str] = "ladder"
+
+    power: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require_nonnegative("power", self.power)
+
+    def coefficients(self, charges: Charges) -> Tensor:
+        m = charges.magnitude
+        order = torch.where(m.isfinite(), m, -1).argsort(descending=True, stable=True)
+        rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(m), device=m.device))
+        last = m.isfinite().sum() - 1
+        height = (rank.to(m) / last.clamp_min(1)) ** self.power
+        strength, _ = self.native_numbers
+        return torch.where((last > 0) & m.isfinite(), strength * height, 0)
+
+    @property
+    def native_numbers(self) -> tuple[float, float]:
+        """α · (p + 1), and p."""
+        return self.alpha * (self.power + 1), self.power
 
 
 @dataclass(frozen=True)
@@ -159,18 +219,54 @@ class L1(Law):
         return torch.full_like(charges.magnitude, self.alpha)
 
 
-LAWS: dict[str, type[Law]] = {"electrostatic": Electrostatic, "l1": L1}
+@dataclass(frozen=True)
+class GroupLasso(Law):
+    """Group lasso α · Σ_n √D · ‖w_n‖₂: c_n = α · √D along w/‖w_n‖₂ (Yuan and Lin 2006; Wen et al. 2016)."""
+
+    direction: ClassVar[str] = "radial"
+
+    def coefficients(self, charges: Charges) -> Tensor:
+        return torch.full_like(charges.magnitude, self.alpha * math.sqrt(charges.size))
+
+
+LAWS: dict[str, type[Law]] = {
+    "electrostatic": Electrostatic,
+    "ladder": Ladder,
+    "l1": L1,
+    "group_lasso": GroupLasso,
+}
 """The laws that can be asked for by name."""
 
 
-def native_law(kind: str, strength: float, softening: float, sign: str) -> Law:
-    """A law with the coefficients of the one that has this native kind, strength, softening and sign."""
+def native_law(kind: str, strength: float, shape: float, sign: str) -> Law:
+    """A law with the coefficients of the one that has this native kind, these numbers and this sign."""
     if kind == "electrostatic":
-        return Electrostatic(strength, k_e=1.0, sign=sign, softening=softening)
-    return LAWS[kind](strength)
+        return Electrostatic(strength, k_e=1.0, sign=sign, softening=shape)
+    if kind == "ladder":
+        return Ladder(strength / (shape + 1), shape)
+    return L1(strength)
 
 
-def resolve(law: str | Law, alpha: float | None) -> Law:
+def strength_at(alpha: Alpha, step: int) -> Factor:
+    """α at a step: a number, or a 0-dim tensor that lies on an accelerator and is not looked at.
+
+    Raises TypeError for what is neither, ValueError for one not finite, negative, or of several elements.
+    """
+    found = alpha(step) if callable(alpha) else alpha
+    name = f"alpha({step})" if callable(alpha) else "alpha"
+    if isinstance(found, Tensor):
+        if found.ndim:
+            raise ValueError(
+                f"{name} is a tensor of shape {tuple(found.shape)}: it must be one number, 0-dim"
+            )
+        if found.device.type != "cpu":
+            return found.detach()
+        found = found.item()
+    _require_nonnegative(name, found)
+    return float(found)
+
+
+def resolve(law: str | Law, alpha: Alpha | None) -> Law:
     """The law meant by a name and α, or by an instance (which carries its own α).
 
     Raises ValueError for an unknown name, a name without α, or an instance with one; TypeError otherwise.

@@ -1,7 +1,9 @@
 """The layers that a force acts on: found by names, patterns, modules or plans, or refused."""
 
 import fnmatch
+import logging
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,11 @@ from efreg.planning import Plan
 from efreg.resizing import CONVOLUTIONS
 from efreg.wrapping import unwrap
 
+logger = logging.getLogger("efreg")
+
+SCOPES = ("weights", "filter")
+"""What a force pulls: the layers' weights alone, or all that removal takes from a filter."""
+
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 SUPPORTED = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 
@@ -19,16 +26,18 @@ class Layer:
     """A module whose weight's filters are charges. It is held weakly and its weight looked up at each use.
 
     name: as in `model.named_modules()`; dim: along which the filters lie.
+    others: the qualified names of what else belongs to its filters in the model, along dim 0.
     coefficient: [N], in force since the charges were last taken, None before that.
     steps: how many optimizer steps it has served since then.
     """
 
-    def __init__(self, name: str, module: nn.Module):
-        self.name = name
+    def __init__(self, name: str, model: nn.Module, others: Sequence[str] = ()):
+        module = model.get_submodule(name)
+        self.name, self.others = name, others
         self.dim = 1 if isinstance(module, TRANSPOSED) else 0
         self.coefficient: Tensor | None = None
         self.steps = 0
-        self._module = weakref.ref(module)
+        self._module, self._model = weakref.ref(module), weakref.ref(model)
 
     @property
     def module(self) -> nn.Module | None:
@@ -39,20 +48,35 @@ class Layer:
     def weight(self) -> nn.Parameter:
         return self._module()._parameters["weight"]
 
-    @property
-    def members(self) -> list[tuple[nn.Parameter, int]]:
-        """All that is pulled with the layer's coefficients, with the dim along which the filters lie."""
-        return [(self.weight, self.dim)]
+    def places(self) -> dict[str, tuple[dict, str]]:
+        """Where the others are found now, in their modules' dicts of parameters; not those that are gone."""
+        found = {}
+        for name in self.others:
+            path, _, key = name.rpartition(".")
+            parameters = _parameters(self._model(), path)
+            if parameters.get(key) is not None:
+                found[name] = (parameters, key)
+        return found
 
     @property
     def filters(self) -> int:
         return self.weight.shape[self.dim]
 
 
-def find_layers(model: nn.Module, layers=None) -> list[Layer]:
+def _parameters(model: nn.Module, path: str) -> dict[str, nn.Parameter | None]:
+    """The parameters of a submodule, none where there is no such module."""
+    try:
+        return model.get_submodule(path)._parameters
+    except AttributeError:
+        return {}
+
+
+def find_layers(model: nn.Module, layers=None, scope: str = "weights") -> list[Layer]:
     """The layers meant by `layers`: None (every ungrouped convolution), a plan, names, patterns or modules.
 
-    Raises ValueError for one that matches nothing, cannot be served, or for a plan of another model.
+    With the scope "filter" they have the other members that the plan knows. Raises ValueError for a name that
+    matches nothing, a layer that cannot be served, a plan of another model, an unknown scope, and for the
+    scope "filter" without a plan's members.
     """
     model = unwrap(model)
     if layers is None:
@@ -71,10 +95,32 @@ def find_layers(model: nn.Module, layers=None) -> list[Layer]:
     modules = dict(model.named_modules())
     for name in names:
         check_module(modules[name], name)
+    members = _members(model, layers, scope)
     found: dict[int, Layer] = {}
     for name in names:
-        found.setdefault(id(modules[name].weight), Layer(name, modules[name]))
+        others = [member for member in members.get(name, ()) if member != f"{name}.weight"]
+        found.setdefault(id(modules[name].weight), Layer(name, model, others))
     return list(found.values())
+
+
+def _members(model: nn.Module, layers, scope: str) -> dict[str, tuple[str, ...]]:
+    """What belongs to the filters of each layer in this scope."""
+    if scope not in SCOPES:
+        raise ValueError(f"unknown scope {scope!r}: there are {', '.join(SCOPES)}")
+    if scope == "weights":
+        return {}
+    if not isinstance(layers, Plan):
+        raise ValueError(
+            "scope='filter' needs to know what belongs to a filter: give layers=plan, with "
+            "plan = efreg.plan(model, ..., example_inputs=x)"
+        )
+    layers.check_members(model)
+    for layer in layers.layers:
+        if layer.own.remark:
+            logger.warning(
+                "scope='filter' pulls %s alone: %s", ", ".join(layer.own.members), layer.own.remark
+            )
+    return layers.members
 
 
 def _matches(model: nn.Module, choice: str | nn.Module) -> list[str]:

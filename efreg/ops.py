@@ -53,23 +53,23 @@ def _(weights, dims, sign, norm):
 
 @torch.library.custom_op("efreg::charge", mutates_args=(), tags=TAGS)
 def charge_op(
-    weights: Sequence[Tensor], dims: Sequence[int], kind: str, strength: float, softening: float, sign: str
+    weights: Sequence[Tensor], dims: Sequence[int], kind: str, strength: float, shape: float, sign: str
 ) -> list[Tensor]:
     """Coefficients and magnitudes of all filters, weight behind weight, by a law that the kernels know.
 
-    weights: as in `measure`; kind, strength, softening, sign: the law's `native_kind` and properties.
+    weights: as in `measure`; kind, (strength, shape), sign: the law's native kind, native numbers and sign.
     Returns two tensors [Σ N] in float32, or float64 for float64 weights.
     """
     _check(weights, dims)
     rows = Rows.of(weights, dims)
     coefficients = weights[0].new_empty(_filters(weights, dims), dtype=accumulator(weights[0].dtype))
-    law = native_law(kind, strength, softening, sign)
+    law = native_law(kind, strength, shape, sign)
     magnitude = select("auto", weights[0].device).charge(rows, coefficients, law)
     return [coefficients, magnitude.clone()]  # a table keeps its magnitudes
 
 
 @charge_op.register_fake
-def _(weights, dims, kind, strength, softening, sign):
+def _(weights, dims, kind, strength, shape, sign):
     _check(weights, dims)
     flat = weights[0].new_empty(_filters(weights, dims), dtype=accumulator(weights[0].dtype))
     return [flat, torch.empty_like(flat)]
@@ -128,8 +128,7 @@ class _Penalty(torch.autograd.Function):
 
 def _native(law: Law, weights: Sequence[Tensor], dims: list[int]) -> tuple[Tensor, Tensor]:
     """Coefficients [Σ N] and energy by a law that the kernels know, all weights in one pass."""
-    numbers = law.strength, law.softening, law.sign
-    coefficients, magnitude = charge_op(weights, dims, law.native_kind, *numbers)
+    coefficients, magnitude = charge_op(weights, dims, law.native_kind, *law.native_numbers, law.sign)
     return coefficients, torch.where(coefficients != 0, coefficients * magnitude, 0).sum()
 
 
@@ -149,12 +148,18 @@ def penalty(model_or_weights: nn.Module | Tensor | Iterable[Tensor], law: Law, *
     differentiated once; twice raises. Under SGD it trains as `attach(..., refresh=1)` does.
 
     model_or_weights: a model (`layers` as in `attach`), a weight [N, ...] or several, filters along dim 0.
-    law: an instance, such as `efreg.Electrostatic(alpha=1e-12)`.
+    law: an instance, such as `efreg.Electrostatic(alpha=1e-12)`; its α a number or a 0-dim tensor.
     Returns a 0-dim tensor, float32, or float64 for float64 weights.
-    Raises TypeError for a law that is none, ValueError for layers that cannot be found or served.
+    Raises TypeError for a law that is none, ValueError for layers that cannot be found or served, and for an
+    α that is a function: a term of the loss does not know the step.
     """
     if not isinstance(law, Law):
         raise TypeError(f"law is {law!r}: give an instance, such as efreg.Electrostatic(alpha=1e-12)")
+    if callable(law.alpha):
+        raise ValueError("alpha is a function of the step, which a penalty does not know: give its value now")
+    if isinstance(law.alpha, Tensor):
+        term = penalty(model_or_weights, law.at_unit_strength(), layers=layers)
+        return term * law.alpha.detach().to(term)
     pairs = _weights_and_dims(model_or_weights, layers)
     groups = by_device_and_dtype(pairs, lambda pair: pair[0])
     terms = [_Penalty.apply(law, [dim for _, dim in g], *(weight for weight, _ in g)) for g in groups]

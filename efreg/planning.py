@@ -1,19 +1,19 @@
-"""Which layer loses how many filters: ratio lists, a uniform ratio, a target speedup."""
+"""Which layer loses how many filters: ratio lists, a uniform ratio, a target speedup, or what is dead."""
 
 import logging
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import nn
 
-from efreg.channels import Channels
+from efreg.channels import Channels, Own
 from efreg.ratios import Ratios, as_written, convolutions, listed, skipped
-from efreg.reference import measure
+from efreg.reference import as_rows, measure
 from efreg.tracing import count_macs, device_of, full_precision
 from efreg.wrapping import unwrap
 
@@ -25,11 +25,17 @@ STEPS = 10_000
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """A convolution by its qualified name, how many filters it has, and how many of them go."""
+    """A convolution by its qualified name, how many filters it has, and how many of them go.
+
+    own: what belongs to its filters; None where the plan was made without example inputs.
+    dead: which filters go, where the plan was made for dead ones; else the weights of the day decide.
+    """
 
     name: str
     filters: int
     removed: int
+    own: Own | None = field(default=None, compare=False)
+    dead: tuple[int, ...] | None = None
 
     def __post_init__(self):
         if not 0 < self.removed < self.filters:
@@ -42,6 +48,9 @@ class PlannedLayer:
 @dataclass(frozen=True, repr=False)
 class Plan:
     """Which layers lose how many filters; which filters these are is decided by the weights of the day.
+
+    Only a plan of dead filters holds these very filters. A plan that was made with example inputs knows what
+    belongs to a filter: `members`, `dead`, and `efreg.attach(..., scope="filter")`.
 
     Iterating gives the names of the layers, in the model's order; layers that lose nothing are not in it.
     """
@@ -70,7 +79,8 @@ class Plan:
 
     def check(self, model: nn.Module) -> None:
         """Raises ValueError, naming the layer, where the plan was made for another model."""
-        present = convolutions(unwrap(model))
+        model = unwrap(model)
+        present = convolutions(model)
         for layer in self.layers:
             here = present.get(layer.name)
             if here is None or here.out_channels != layer.filters:
@@ -81,15 +91,52 @@ class Plan:
                 )
             _require_plain(layer.name, here)
 
+    @property
+    def members(self) -> dict[str, tuple[str, ...]]:
+        """Of each layer the parameters that go with its filters: weight, bias, the norm's scale and shift.
+
+        Raises ValueError for a plan that was made without example inputs.
+        """
+        if any(layer.own is None for layer in self.layers):
+            raise ValueError(
+                "this plan does not know what belongs to a filter beside its weight: make it with "
+                "efreg.plan(..., example_inputs=x)"
+            )
+        return {layer.name: layer.own.members for layer in self.layers}
+
+    def check_members(self, model: nn.Module) -> None:
+        """Raises ValueError for a plan that does not know its members, and where this model lacks some."""
+        model = unwrap(model)
+        filters = {layer.name: layer.filters for layer in self.layers}
+        for layer, names in self.members.items():
+            for name in names:
+                found = _parameter(model, name)
+                if found is None or len(found) != filters[layer]:
+                    raise ValueError(
+                        f"the plan is of another model: {name!r} belonged to the {filters[layer]} filters of "
+                        f"{layer!r} there; plan this one anew"
+                    )
+
+    def dead(self, model: nn.Module) -> dict[str, list[int]]:
+        """Of each layer the filters whose every member is exactly zero now.
+
+        A layer has none whose norm has a mean of its own, or is not its filters' own: that keeps them alive.
+        Raises ValueError for a plan of another model, or one made without example inputs.
+        """
+        self.check(model)
+        self.check_members(model)
+        return {layer.name: _dead(unwrap(model), layer.own) for layer in self.layers}
+
     def filters(self, model: nn.Module) -> dict[str, list[int]]:
         """The filters that would go: of each layer those of the smallest magnitude ‖w_n‖₁, in rising order.
 
-        Where magnitudes tie, the lower index stays. Raises ValueError for another model's plan, or where a
-        planned layer has weights that are not finite.
+        Where magnitudes tie, the lower index stays. A plan of dead filters names those that were dead then.
+        Raises ValueError for another model's plan, where a planned layer has weights that are not finite, and
+        where filters that were dead no longer are.
         """
         self.check(model)
         model = unwrap(model)
-        return {x.name: _smallest(x.name, model.get_submodule(x.name), x.removed) for x in self.layers}
+        return {x.name: _chosen(model, x) for x in self.layers}
 
 
 def plan(
@@ -98,6 +145,7 @@ def plan(
     *,
     ratio: float | None = None,
     speedup: float | None = None,
+    dead: bool = False,
     skip: str | Iterable[str] = (),
     example_inputs: Any = None,
 ) -> Plan:
@@ -114,43 +162,102 @@ def plan(
         or linear layer through channel-wise layers only. Needs example_inputs.
     speedup: the smallest such ratio, to four decimals, with MACs before / MACs after ≥ speedup. Needs
         example_inputs.
+    dead: those filters whose weight, bias and norm's scale and shift are exactly zero, as proximal steps on
+        the whole filter leave them, of every ungrouped convolution that is read through channel-wise layers
+        only: removing them changes no output. Where there are none the plan is empty. Needs example_inputs.
 
     skip: blocks to leave alone, "stage.block" with stages counted from 1 and blocks from 0, such as
         ["1.0", "2.3"].
-    example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments for the model.
+    example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments for the model. With them the
+        plan knows what belongs to each filter, which `attach(..., scope="filter")` needs.
 
     The model may be wrapped by DistributedDataParallel, DataParallel or `torch.compile`. Raises ValueError
     for a request that does not fit the model, and for grouped, parametrised or lazy convolutions, by name;
     PruningError where the network cannot be traced.
     """
-    if sum(x is not None for x in (ratios, ratio, speedup)) != 1:
-        raise ValueError("give one of ratios, ratio and speedup")
+    if sum(x is not None for x in (ratios, ratio, speedup, dead or None)) != 1:
+        raise ValueError("give one of ratios, ratio, speedup and dead=True")
     model = unwrap(model)
     left_alone = skipped(model, skip)
     if ratios is not None:
-        chosen = listed(model, ratios)
-        return _plan(model, {name: r for name, r in chosen.items() if name not in left_alone})
-    target = as_written(ratio) if speedup is None else _as_speedup(speedup)
+        chosen = {name: r for name, r in listed(model, ratios).items() if name not in left_alone}
+        return _plan(model, chosen, None if example_inputs is None else _channels(model, example_inputs))
+    target = None if dead else as_written(ratio) if speedup is None else _as_speedup(speedup)
     if example_inputs is None:
-        raise ValueError("a uniform ratio or a speedup needs example_inputs, to see what can be pruned")
-    readers = _readers(model, left_alone, example_inputs)
+        raise ValueError("ratio, speedup and dead need example_inputs, to see what can be pruned")
+    channels = _channels(model, example_inputs)
+    if dead:
+        return _plan_of_the_dead(model, channels, left_alone)
+    present = list(convolutions(model))
+    covered = _removable(model, channels, {*left_alone, *present[:1]})
+    readers = {name: next(iter(found)) for name, found in covered.items() if len(found) == 1}
+    logger.info("a uniform ratio covers %d of %d convolutions", len(readers), len(present))
+    if not readers:
+        raise ValueError(
+            f"{type(model).__name__} has no convolution whose output reaches one layer through channel-wise "
+            "layers only: name the layers in ratios"
+        )
     uniform = target if speedup is None else _ratio_for(target, model, readers, example_inputs)
-    return _plan(model, dict.fromkeys(readers, uniform))
+    return _plan(model, dict.fromkeys(readers, uniform), channels)
 
 
-def _plan(model: nn.Module, ratios: Mapping[str, Fraction]) -> Plan:
+def _channels(model: nn.Module, example_inputs: Any) -> Channels:
+    with full_precision(device_of(model).type):
+        return Channels(model, example_inputs)
+
+
+def _plan(model: nn.Module, ratios: Mapping[str, Fraction], channels: Channels | None) -> Plan:
     present = convolutions(model)
     layers = []
     for name, ratio in ratios.items():
         filters = present[name].out_channels
         if removed := _removed(ratio, filters):
             _require_plain(name, present[name])
-            layers.append(PlannedLayer(name, filters, removed))
+            layers.append(PlannedLayer(name, filters, removed, channels.own(name) if channels else None))
     return Plan(tuple(layers))
+
+
+def _plan_of_the_dead(model: nn.Module, channels: Channels, left_alone: set[str]) -> Plan:
+    present = convolutions(model)
+    layers = []
+    for name in _removable(model, channels, left_alone):
+        own, filters = channels.own(name), present[name].out_channels
+        dead = _dead(model, own)
+        if gone := dead[-(filters - 1) :] if filters > 1 else []:
+            _require_plain(name, present[name])
+            layers.append(PlannedLayer(name, filters, len(gone), own, tuple(gone)))
+    if not layers:
+        logger.warning("%s has no dead filters to remove: the plan is empty", type(model).__name__)
+    return Plan(tuple(layers))
+
+
+def _dead(model: nn.Module, own: Own) -> list[int]:
+    """The filters of which every member is exactly zero, where such a filter sends out nothing."""
+    if not own.silent:
+        return []
+    zero = [as_rows(_parameter(model, name).detach()).eq(0).all(1) for name in own.members]
+    return torch.stack(zero).all(0).nonzero().flatten().tolist()
+
+
+def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
+    try:
+        return model.get_parameter(name)
+    except AttributeError:
+        return None
 
 
 def _removed(ratio: Fraction, filters: int) -> int:
     return min(math.ceil(ratio * filters), filters - 1)
+
+
+def _chosen(model: nn.Module, layer: PlannedLayer) -> list[int]:
+    if layer.dead is None:
+        return _smallest(layer.name, model.get_submodule(layer.name), layer.removed)
+    if alive := sorted(set(layer.dead) - set(_dead(model, layer.own))):
+        raise ValueError(
+            f"the plan removes filters {alive} of {layer.name!r} as dead, which are not zero now: plan anew"
+        )
+    return list(layer.dead)
 
 
 def _smallest(name: str, layer: nn.Module, count: int) -> list[int]:
@@ -175,23 +282,14 @@ def _require_plain(name: str, layer: nn.Module) -> None:
         raise ValueError(f"{name!r} is lazy and has no weights yet: run a batch through the model first")
 
 
-def _readers(model: nn.Module, left_alone: set[str], example_inputs: Any) -> dict[str, str]:
-    """The convolutions that a uniform ratio covers, each with the one layer that reads its output."""
-    with full_precision(device_of(model).type):
-        channels = Channels(model, example_inputs)
-    others = list(convolutions(model).items())[1:]
-    candidates = [name for name, layer in others if layer.groups == 1 and name not in left_alone]
-    found = {name: channels.reader(name) for name in candidates}
-    readers = {
-        n: reader for n, reader in found.items() if reader is not None and channels.can_lose_filters(n)
+def _removable(model: nn.Module, channels: Channels, left_alone: Collection[str]) -> dict[str, set[str]]:
+    """The convolutions that can lose filters one by one, each with the layers that read its output."""
+    found = {
+        name: channels.readers(name)
+        for name, layer in convolutions(model).items()
+        if layer.groups == 1 and name not in left_alone
     }
-    logger.info("a uniform ratio covers %d of %d convolutions", len(readers), len(others) + 1)
-    if not readers:
-        raise ValueError(
-            f"{type(model).__name__} has no convolution whose output reaches one layer through channel-wise "
-            "layers only: name the layers in ratios"
-        )
-    return readers
+    return {name: readers for name, readers in found.items() if readers and channels.can_lose_filters(name)}
 
 
 def _ratio_for(

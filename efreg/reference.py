@@ -90,7 +90,8 @@ def _operands(target: Tensor, weight: Tensor, coefficient: Tensor, dim: int) -> 
 
 def _inverse_norm(w: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(w, dim=1, keepdim=True)
-    return torch.where((norm > 0) & norm.isfinite(), 1 / norm, 0)
+    inverse = 1 / norm
+    return torch.where((norm > 0) & norm.isfinite() & inverse.isfinite(), inverse, 0)
 
 
 def _write(target: Tensor, rows: Tensor, changed: Tensor, dim: int) -> None:

@@ -36,6 +36,11 @@ class Rows:
             filters += weight.shape[dim]
         return cls(weights, dims, offsets)
 
+    def with_more(self, tensors: Sequence[Tensor], offsets: Sequence[int]) -> "Rows":
+        """These rows, and behind them others along dim 0, which share the coefficients at the offsets."""
+        dims = [*self.dims, *(0 for _ in tensors)]
+        return Rows([*self.tensors, *tensors], dims, [*self.offsets, *offsets])
+
     def only(self, indices: Sequence[int]) -> "Rows":
         """Some of the rows."""
         if len(indices) == len(self.tensors):
@@ -98,7 +103,7 @@ class Table:
         self.magnitude, self.sign = torch.empty(2, sum(filters), dtype=acc, device=self.device)
         self.done = torch.zeros(len(filters), dtype=torch.int32, device=self.device)
         self._sent_targets = Sent(torch.int64, self.device)
-        self._sent_rates, self._sent_law = Sent(acc, self.device), Sent(acc, self.device)
+        self._sent_law, self._sent_scale, self._sent_rates = (Sent(acc, self.device) for _ in range(3))
         self._seen: tuple = ()
 
     def check(self, coefficients: Tensor) -> None:
@@ -141,9 +146,15 @@ class Table:
         self._seen = () if copies or capturing(self.device) else seen
         return sent, copies
 
-    def law(self, strength: float, softening: float) -> Tensor:
-        """The law's numbers on the device, [2]."""
-        return self._sent_law([strength, softening])
+    def law(self, numbers: tuple[float, float]) -> Tensor:
+        """The law's native numbers on the device, [2]."""
+        return self._sent_law(list(numbers))
+
+    def scale(self, scale: float | Tensor) -> Tensor:
+        """A factor of all rows on the device, 0-dim; a number that is not 1 is one that changes."""
+        if isinstance(scale, Tensor) or scale == 1:
+            return on_device(scale, self.magnitude)
+        return self._sent_scale([float(scale)])[0]
 
     def rates(self, rates: list[float | Tensor]) -> Tensor:
         """The rows' learning rates on the device: numbers are sent, tensors that lie there gathered."""
@@ -203,13 +214,12 @@ def _turn(grad: Tensor, weight: Tensor) -> int:
     """How a gradient's order in memory follows from its weight's (kernels/force.py), 0 where it does not."""
     if grad.stride() == weight.stride():
         return 1
-    channels, spatial = weight.shape[1], math.prod(weight.shape[2:])
     orders, weight_orders = _orders(grad), _orders(weight)
     if not orders or not weight_orders:
         return 0
     if orders & weight_orders:
         return 1
-    return spatial if torch.contiguous_format in orders else channels
+    return math.prod(weight.shape[2:]) if torch.contiguous_format in orders else weight.shape[1]
 
 
 def _orders(tensor: Tensor) -> set[torch.memory_format]:

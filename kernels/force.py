@@ -24,7 +24,8 @@ from . import launch
 FIELDS = tl.constexpr(4)
 NARROW_FILTERS, NARROW_LANES = map(tl.constexpr, launch.NARROW)
 WIDE_FILTERS, WIDE_LANES = map(tl.constexpr, launch.WIDE)
-LAW_LANES = tl.constexpr(launch.LAW_LANES)
+FLAT_FILTERS, FLAT_LANES = map(tl.constexpr, launch.FLAT)
+LAW_LANES, RANK_LANES = tl.constexpr(launch.LAW_LANES), tl.constexpr(launch.RANK_LANES)
 NOWHERE = tl.constexpr(2**31 - 1)
 
 ARRAYS = ("tiles", "layout", "weights", "targets", "magnitude", "sign", "norm", "coefficients", "done")
@@ -210,7 +211,9 @@ def _on(tile, work: tl.constexpr, to, FLAGS: tl.constexpr, DTYPE: tl.constexpr, 
     aligned = ((weight | target | size.to(tl.int64) * (DTYPE.primitive_bitwidth // 8)) % 16 == 0) & (
         turn == 1
     )
-    if size <= NARROW_LANES:
+    if size == 1:
+        work(tile, to, FLAGS, False, FLAT_FILTERS, FLAT_LANES, DTYPE, ACC)
+    elif size <= NARROW_LANES:
         if aligned:
             work(tile, to, FLAGS, True, NARROW_FILTERS, NARROW_LANES, DTYPE, ACC)
         else:
@@ -264,6 +267,30 @@ def _electrostatic(magnitude, sign, coefficients, filters, law, LANES: tl.conste
 
 
 @triton.jit
+def _ladder(magnitude, coefficients, filters, law, LANES: tl.constexpr, ACC: tl.constexpr):
+    """c_n = strength · (rank_n / (N − 1))^p (efreg/laws.py: Ladder.coefficients), in N² / LANES steps."""
+    finite = tl.zeros([LANES], tl.int32)
+    for start in range(0, filters, LANES):
+        n = start + tl.arange(0, LANES)
+        m = tl.load(magnitude + n, mask=n < filters, other=float("nan"), cache_modifier=".cg")
+        finite += _finite(m).to(tl.int32)
+    last = tl.sum(finite, axis=0) - 1
+    power = tl.load(law + 1)
+    for start in range(0, filters, LANES):
+        n = start + tl.arange(0, LANES)
+        m = tl.load(magnitude + n, mask=n < filters, other=float("nan"), cache_modifier=".cg")
+        rank = tl.zeros([LANES], tl.int32)
+        for k in range(filters):
+            other = tl.load(magnitude + k)
+            other = tl.where(_finite(other), other, -1.0)
+            rank += ((other > m) | ((other == m) & (k < n))).to(tl.int32)
+        share = _divide(rank.to(ACC), tl.zeros([LANES], ACC) + tl.maximum(last, 1).to(ACC))
+        height = tl.where(power == 0, 1.0, tl.exp2(power * tl.log2(share)))
+        c = tl.where((last > 0) & _finite(m), tl.load(law) * height, 0.0)
+        tl.store(coefficients + n, c, mask=n < filters)
+
+
+@triton.jit
 def _l1(magnitude, coefficients, filters, law, LANES: tl.constexpr):
     """c_n = α (efreg/laws.py: L1.coefficients)."""
     for start in range(0, filters, LANES):
@@ -290,7 +317,8 @@ def charge_kernel(
     tile, row, offset, start = _tile(tl.program_id(0).to(tl.int64), tiles, layout, weights)
     _on(tile, _measure_tile, (magnitude + start, sign + start, sign), (COUNT, False), DTYPE, ACC)
     _, _, _, filters, size, _ = tile
-    tiles_of_row = tl.cdiv(filters, tl.where(size <= NARROW_LANES, NARROW_FILTERS, WIDE_FILTERS))
+    in_a_tile = tl.where(size <= NARROW_LANES, NARROW_FILTERS, WIDE_FILTERS)
+    tiles_of_row = tl.cdiv(filters, tl.where(size == 1, FLAT_FILTERS, in_a_tile))
     # The last program of a row to come here finds all statistics written: its stores before the barrier, the
     # barrier before the atomic. It applies the law and leaves the counter as it was.
     tl.debug_barrier()
@@ -299,6 +327,8 @@ def charge_kernel(
             _electrostatic(
                 magnitude + start, sign + start, coefficients + offset, filters, law, LAW_LANES, ACC
             )
+        elif KIND == "ladder":
+            _ladder(magnitude + start, coefficients + offset, filters, law, RANK_LANES, ACC)
         else:
             _l1(magnitude + start, coefficients + offset, filters, law, LAW_LANES)
         tl.store(done + row, 0)
@@ -374,7 +404,7 @@ TYPES = {
     torch.float64: tl.float64,
 }
 
-KINDS = ("electrostatic", "l1")
+KINDS = ("electrostatic", "ladder", "l1")
 """The laws that `charge` knows."""
 
 

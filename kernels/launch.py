@@ -19,8 +19,14 @@ NARROW = Tile(filters=4, lanes=256)
 WIDE = Tile(filters=1, lanes=1024)
 """For longer filters."""
 
+FLAT = Tile(filters=128, lanes=1)
+"""For filters of one number: a norm's scale and shift, a bias."""
+
 LAW_LANES = 256
 """Filters at a time where a law is applied to a whole layer: more would cost every program registers."""
+
+RANK_LANES = 128
+"""The same for a law that ranks them, which takes more registers for each."""
 
 THREADS = 128
 """Of a program: each holds 8 numbers, which are two loads of 16 bytes in float32 and one in bfloat16."""
@@ -36,6 +42,8 @@ def charge_registers(accumulator_bytes: int) -> int:
 
 def filters_a_tile(size: int) -> int:
     """How many filters of `size` numbers one program takes."""
+    if size == 1:
+        return FLAT.filters
     return (NARROW if size <= NARROW.lanes else WIDE).filters
 
 

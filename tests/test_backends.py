@@ -129,7 +129,7 @@ def test_cpp_refuses_tensors_that_do_not_fit():
         ([ones, ones.double()], [ones, ones.double()], c, [0, 0], "share a dtype"),
     ]:
         with pytest.raises(RuntimeError, match=message):
-            module.force(grads, weights, coefficients, offsets, [0] * len(weights), law, 1.0)
+            module.force(grads, weights, coefficients, offsets, [0] * len(weights), len(weights), law, 1.0)
 
 
 def test_autograd_sees_that_weights_changed():

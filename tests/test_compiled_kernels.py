@@ -23,7 +23,11 @@ SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 # Both values of every flag, but not each with each of another: no two decide about the same lines.
 VARIANTS = {
     "measure": [{"COUNT": True, "NORM": False}, {"COUNT": False, "NORM": True}],
-    "charge": [{"KIND": "electrostatic", "COUNT": False}, {"KIND": "l1", "COUNT": True}],
+    "charge": [
+        {"KIND": "electrostatic", "COUNT": False},
+        {"KIND": "ladder", "COUNT": True},
+        {"KIND": "l1", "COUNT": True},
+    ],
     "pull": [{"RADIAL": False}, {"RADIAL": True}],
     "shrink": [{"RADIAL": False}, {"RADIAL": True}],
 }

@@ -32,16 +32,20 @@ BACKENDS = ["triton", "cuda", "reference"] if ON_GPU else ["triton", "reference"
 REPEATS = 100 if ON_GPU else 2
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SEED = int(os.environ.get("EFREG_TEST_SEED", time.time_ns() % 2**31))
-SHAPES = [(1, 1), (9, 9), (4, 3, 3, 3), (6, 63), (3, 256), (2, 257), (0, 5), (5, 0)]
+SHAPES = [(1, 1), (9, 9), (4, 3, 3, 3), (6, 63), (3, 256), (2, 257), (130, 1), (0, 5), (5, 0)]
 if ON_GPU:
     SHAPES += [(4096, 9), (257, 63), (130, 64, 1, 1), (33, 255), (17, 576), (64, 1000), (10, 4608)]
-    SHAPES += [(3, 25000), (512, 1024), (1, 100000)]
+    SHAPES += [(3, 25000), (512, 1024), (1, 100000), (2048, 4)]
 LAWS = [
     efreg.Electrostatic(1e-12),
     efreg.Electrostatic(1e-12, sign="sum"),
     efreg.Electrostatic(1e-12, softening=0.3),
+    efreg.Ladder(1e-2, power=2),
     efreg.L1(1e-2),
 ]
+
+ROUNDINGS = {LAWS[2]: 16, LAWS[3]: 4 + 2 * 2 * 11}
+"""√(a² + b²) counts twice; x² as 2^(2 log₂ x) has the error of 2 log₂ N, N up to 2,048 and more."""
 
 only_on_a_gpu = pytest.mark.skipif(not ON_GPU, reason="CPU tensors have no streams and no graphs")
 
@@ -123,7 +127,7 @@ def test_force_against_float64(backend, dtype, shift, law):
         assert ((m - exact).abs() <= bound).all()
         assert s.tolist() == oracle.signs(w, by=law.sign).tolist()
         expected = law.of(efreg.Charges(m, s, charges.size))
-        roundings = 16 if law.softening else 4  # √(a² + b²) counts twice
+        roundings = ROUNDINGS.get(law, 4)
         torch.testing.assert_close(exactly(cut), expected, rtol=roundings * eps(acc), atol=0)
         added = 2 * exactly(cut).view(-1, *[1] * (w.ndim - 1)) * w.double().sign()
         allowed = rounding(backend, g0 + added, dtype) + 4 * eps(acc) * (g0.abs() + added.abs())
@@ -213,6 +217,12 @@ class Net(nn.Sequential):
         super().__init__(*layers, nn.Linear(8 * 16, 4))
         self.to(DEVICE, dtype)
 
+    def whole_filters(self):
+        """What attaches a ladder to the first convolution, its bias and its norm."""
+        x = torch.randn(2, 3, 8, 8, device=DEVICE, dtype=self[0].weight.dtype)
+        plan = efreg.plan(self, {"0": 0.5}, example_inputs=x)
+        return {"law": efreg.Ladder(1e-2), "layers": plan, "scope": "filter"}
+
 
 def training(net, optimizer, batch):
     loss = net(batch).square().mean()
@@ -223,13 +233,15 @@ def training(net, optimizer, batch):
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
 @pytest.mark.parametrize("update", ["gradient", "proximal"])
 @pytest.mark.parametrize("refresh", [None, 1, 3])
-def test_training_as_the_reference_does(name, update, refresh):
+@pytest.mark.parametrize("whole", [False, True])
+def test_training_as_the_reference_does(name, update, refresh, whole):
     """A hundred steps of one network, each backend from the same start."""
     need(name)
     start, batches, ends = Net(torch.float64), tensors([(4, 3, 8, 8)] * REPEATS, torch.float64), []
     for backend in ("reference", name):
         net = copy.deepcopy(start)
-        efreg.attach(net, 1e-13, refresh=refresh, update=update, backend=backend)
+        acting = net.whole_filters() if whole else {"alpha": 1e-13}
+        efreg.attach(net, **acting, refresh=refresh, update=update, backend=backend)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
         for batch in batches:
             optimizer.zero_grad()
@@ -242,16 +254,19 @@ def test_training_as_the_reference_does(name, update, refresh):
 @pytest.mark.parametrize("update", ["gradient", "proximal"])
 @pytest.mark.parametrize("refresh", [None, 1, 2])
 @pytest.mark.parametrize("fused", [False, True])
-def test_no_step_synchronises(backend, update, refresh, fused):
-    """Not with gradients that move, a scale and a rate that change; found_inf stays on the device."""
-    net = Net()
-    efreg.attach(net, 1e-12, refresh=refresh, update=update, backend=backend.name)
+@pytest.mark.parametrize("whole", [False, True])
+def test_no_step_synchronises(backend, update, refresh, fused, whole):
+    """Not with gradients that move, a scale, a rate and an α that change; found_inf stays on the device."""
+    net, alpha = Net(), torch.zeros((), device=DEVICE)
+    acting = net.whole_filters() | {"law": efreg.Ladder(alpha)} if whole else {"alpha": 1e-12}
+    efreg.attach(net, **acting, refresh=refresh, update=update, backend=backend.name)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=fused)
     batch, keep = torch.randn(4, 3, 8, 8, device=DEVICE), []
     for step in range(6):
         optimizer.zero_grad(set_to_none=True)
         keep.append(torch.empty(100 * step + 1, device=DEVICE))
         optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+        alpha.fill_(1e-12 * step)
         if fused:
             optimizer.grad_scale = torch.full((), 2.0**step, device=DEVICE)
             optimizer.found_inf = torch.full((), float(step == 4), device=DEVICE)
@@ -269,8 +284,9 @@ def test_no_step_synchronises(backend, update, refresh, fused):
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 @pytest.mark.parametrize("update", ["gradient", "proximal"])
 @pytest.mark.parametrize("refresh", [None, 1])
+@pytest.mark.parametrize("whole", [False, True])
 @torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-def test_a_captured_step_replays_as_eager_steps_do(name, update, refresh):
+def test_a_captured_step_replays_as_eager_steps_do(name, update, refresh, whole):
     """Two captures, gradients of each at addresses of its own, then a hundred replays of both in turns.
 
     Every sign that flips makes a rounding larger, so α is small and the convolutions' own sums are fixed.
@@ -280,7 +296,8 @@ def test_a_captured_step_replays_as_eager_steps_do(name, update, refresh):
     ends = []
     for captured in (False, True):
         net = copy.deepcopy(start)
-        efreg.attach(net, 1e-15, refresh=refresh, update=update, backend=name)
+        acting = net.whole_filters() | {"law": efreg.Ladder(1e-5)} if whole else {"alpha": 1e-15}
+        efreg.attach(net, **acting, refresh=refresh, update=update, backend=name)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
 
         def step(net=net, optimizer=optimizer):

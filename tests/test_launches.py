@@ -58,6 +58,33 @@ def test_launches_do_not_depend_on_the_layers(launched, layers, settings, first,
     assert launched == first + 2 * later
 
 
+@pytest.mark.parametrize("layers", [1, 3, 100])
+@pytest.mark.parametrize("law", [efreg.Electrostatic(1e-12), efreg.Ladder(1e-2)], ids=str)
+@pytest.mark.parametrize(
+    "settings, first, later",
+    [
+        ({"refresh": 1}, ["charge", "pull"], ["charge", "pull"]),
+        ({"refresh": None}, ["charge", "pull"], ["pull"]),
+        ({"refresh": None, "update": "proximal"}, ["charge", "shrink"], ["shrink"]),
+    ],
+    ids=str,
+)
+def test_the_whole_filter_goes_in_the_same_launches(launched, layers, law, settings, first, later):
+    """A norm's scale and shift are rows of the same table, with their layer's coefficients."""
+    net = nn.Sequential()
+    for _ in range(layers + 1):
+        net.append(nn.Conv2d(2, 2, 1)).append(nn.BatchNorm2d(2))
+    plan = efreg.plan(net, {f"0-{layers - 1}": 0.5}, example_inputs=torch.randn(2, 2, 3, 3))
+    assert sum(map(len, plan.members.values())) == 4 * layers
+    efreg.attach(net, law=law, layers=plan, scope="filter", backend="triton", **settings)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(3):
+        for parameter in net.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    assert launched == first + 2 * later
+
+
 def test_a_law_of_the_users_own_runs_between_the_launches(launched):
     steps(network(5), 2, law=Doubling(1e-3), refresh=1)
     assert launched == 2 * ["measure", "pull"]

@@ -162,7 +162,7 @@ def test_bad_parameters_are_refused(error, names, arguments):
 
 def test_laws_by_name():
     assert resolve("l1", 0.01) == efreg.L1(0.01)
-    with pytest.raises(ValueError, match="'gravitation'.*electrostatic, l1"):
+    with pytest.raises(ValueError, match="'gravitation'.*electrostatic, ladder, l1"):
         resolve("gravitation", 1.0)
     with pytest.raises(ValueError, match="alpha"):
         resolve("electrostatic", None)

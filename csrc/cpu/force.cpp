@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <numeric>
 
 namespace efreg {
 namespace {
@@ -235,7 +236,7 @@ void electrostatic(const acc_t* m, const acc_t* s, acc_t* c, int64_t filters, co
   for (int64_t n = 0; n < filters; ++n)
     if (std::isfinite(m[n]) && (source < 0 || m[n] > m[source])) source = n;
   if (source < 0) return static_cast<void>(std::fill_n(c, filters, acc_t(0)));
-  const auto softening = static_cast<acc_t>(law.softening) * m[source];
+  const auto softening = static_cast<acc_t>(law.shape) * m[source];
   for (int64_t n = 0; n < filters; ++n) {
     const auto r = std::hypot(s[source] * m[source] - s[n] * m[n], softening);
     const auto coefficient = (static_cast<acc_t>(law.strength) / r) * (m[source] / r);
@@ -244,20 +245,47 @@ void electrostatic(const acc_t* m, const acc_t* s, acc_t* c, int64_t filters, co
   }
 }
 
+// efreg/laws.py: Ladder.coefficients
 template <typename acc_t>
-void coefficients_of(const acc_t* m, const acc_t* s, acc_t* c, int64_t filters, const Law& law) {
-  if (law.kind == Law::kElectrostatic) return electrostatic(m, s, c, filters, law);
+void ladder(const acc_t* m, acc_t* c, int64_t filters, const Law& law) {
+  Integers order(filters);
+  std::iota(order.begin(), order.end(), 0);
+  const auto finite = [m](int64_t n) { return std::isfinite(m[n]); };
+  const auto end = std::stable_partition(order.begin(), order.end(), finite);
+  std::stable_sort(order.begin(), end, [m](int64_t a, int64_t b) { return m[a] > m[b]; });
+  std::fill_n(c, filters, acc_t(0));
+  const auto last = end - order.begin() - 1;
+  for (int64_t rank = 0; last > 0 && rank <= last; ++rank) {
+    const auto height = std::pow(static_cast<double>(rank) / static_cast<double>(last), law.shape);
+    c[order[rank]] = static_cast<acc_t>(law.strength * height);
+  }
+}
+
+template <typename acc_t>
+void l1(const acc_t* m, acc_t* c, int64_t filters, const Law& law) {
   for (int64_t n = 0; n < filters; ++n) c[n] = std::isfinite(m[n]) ? static_cast<acc_t>(law.strength) : 0;
 }
 
-// The end of the batch that begins at row `first`.
-size_t batch_end(const std::vector<Row>& rows, size_t first) {
+template <typename acc_t>
+void coefficients_of(const acc_t* m, const acc_t* s, acc_t* c, int64_t filters, const Law& law) {
+  switch (law.kind) {
+    case Law::kElectrostatic:
+      return electrostatic(m, s, c, filters, law);
+    case Law::kLadder:
+      return ladder(m, c, filters, law);
+    case Law::kL1:
+      return l1(m, c, filters, law);
+  }
+}
+
+// The end of the batch that begins at row `first`, of rows up to `end`.
+size_t batch_end(const std::vector<Row>& rows, size_t first, size_t end) {
   int64_t bytes = 0;
   auto last = first;
   do {
     bytes += rows[last].elements() * rows[last].weight.element_size();
     ++last;
-  } while (last < rows.size() && bytes < kBatchBytes);
+  } while (last < end && bytes < kBatchBytes);
   return last;
 }
 
@@ -359,18 +387,20 @@ at::Tensor charge(
 
 void force(
     const Tensors& grads, const Tensors& weights, const at::Tensor& coefficients, const Integers& offsets,
-    const Integers& dims, const Law& law, double scale) {
+    const Integers& dims, int64_t charged, const Law& law, double scale) {
   const auto rows = make_rows(grads, weights, offsets, dims, scale);
   check_coefficients(rows, coefficients);
+  const auto end = std::min(static_cast<size_t>(charged), rows.size());
   auto magnitude = at::zeros_like(coefficients), sign = at::zeros_like(coefficients);
   DISPATCH(rows, "efreg::force", {
     auto* c = coefficients.data_ptr<acc_t>();
-    for (size_t first = 0; first < rows.size();) {
-      const auto last = batch_end(rows, first);
+    for (size_t first = 0; first < end;) {
+      const auto last = batch_end(rows, first, end);
       charge_batch<scalar_t>(rows, first, last, c, magnitude.data_ptr<acc_t>(), sign.data_ptr<acc_t>(), law);
       pull_batch<scalar_t>(rows, first, last, c, false);
       first = last;
     }
+    pull_batch<scalar_t>(rows, end, rows.size(), c, false);
   });
   write_back(rows, grads, dims);
 }

@@ -9,12 +9,16 @@
 
 #include <cmath>
 #include <limits>
+#include <string>
 
 namespace efreg::cuda {
 namespace {
 
 template <typename scalar_t>
 using acc_of = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+// The laws that `charge` knows.
+enum class Kind { electrostatic, ladder, l1 };
 
 // What a thread loads and stores at a time.
 template <typename scalar_t>
@@ -41,15 +45,13 @@ struct Tile {
     const auto* fields = table.layout + 4 * row;
     filters = fields[0], size = fields[1], offset = fields[2], start = fields[3];
     weight = target = table.weights[row], turn = 1;
-    const bool narrow = size <= kNarrowLanes;
-    threads = narrow ? kWarp : kThreads;
+    threads = size == 1 ? 1 : size <= kNarrowLanes ? kWarp : kThreads;
     thread = threadIdx.x % threads;
     n = table.tiles[2 * t + 1] + threadIdx.x / threads;
   }
 
   __device__ bool has_filter() const { return n < filters; }
-  __device__ bool wide() const { return threads == kThreads; }
-  __device__ int tiles() const { return wide() ? filters : (filters + kNarrowFilters - 1) / kNarrowFilters; }
+  __device__ int tiles() const { return (filters - 1) / (kThreads / threads) + 1; }
 
   template <typename scalar_t>
   __device__ bool aligned() const {
@@ -120,9 +122,10 @@ __device__ void each_vector(const Tile& tile, const F& f) {
 
 // The sum over a filter's threads, neighbour to neighbour; every thread of the filter gets it.
 template <typename T>
-__device__ T over_threads(T x, bool wide) {
+__device__ T over_threads(T x, int threads) {
+  if (threads == 1) return x;
   for (int other = 1; other < kWarp; other *= 2) x += __shfl_xor_sync(0xffffffff, x, other);
-  if (!wide) return x;
+  if (threads == kWarp) return x;
   __shared__ T warps[kThreads / kWarp];
   __syncthreads();  // the last sum has been read
   if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = x;
@@ -132,11 +135,11 @@ __device__ T over_threads(T x, bool wide) {
 
 // Σ over the lanes of a filter in the order of kernels/force.py: _fold.
 template <typename scalar_t>
-__device__ acc_of<scalar_t> fold(acc_of<scalar_t> (&lanes)[kEach], bool wide) {
+__device__ acc_of<scalar_t> fold(acc_of<scalar_t> (&lanes)[kEach], int threads) {
   constexpr int kSize = Vector<scalar_t>::kSize;
   for (int step = 1; step < kSize; step *= 2)
     for (int k = 0; k < kEach; k += 2 * step) lanes[k] += lanes[k + step];
-  for (int k = 0; k < kEach; k += kSize) lanes[k] = over_threads(lanes[k], wide);
+  for (int k = 0; k < kEach; k += kSize) lanes[k] = over_threads(lanes[k], threads);
   for (int step = kSize; step < kEach; step *= 2)
     for (int k = 0; k < kEach; k += 2 * step) lanes[k] += lanes[k + step];
   return lanes[0];
@@ -152,7 +155,7 @@ __device__ acc_of<scalar_t> norm_of(const Tile& tile) {
     for (int e = 0; e < w.kSize; ++e)
       squares[k + e] += static_cast<acc_t>(w.x[e]) * static_cast<acc_t>(w.x[e]);
   });
-  return sqrt(fold<scalar_t>(squares, tile.wide()));
+  return sqrt(fold<scalar_t>(squares, tile.threads));
 }
 
 template <bool aligned, typename scalar_t>
@@ -169,8 +172,8 @@ __device__ void measure_filter(
       balances[k + e] += count ? sgn(x) : x;
     }
   });
-  const auto m = fold<scalar_t>(lengths, tile.wide());
-  const auto balance = fold<scalar_t>(balances, tile.wide());
+  const auto m = fold<scalar_t>(lengths, tile.threads);
+  const auto balance = fold<scalar_t>(balances, tile.threads);
   if (norm != nullptr) {
     const auto length = norm_of<aligned, scalar_t>(tile);
     if (tile.thread == 0) norm[tile.start + tile.n] = length;
@@ -258,6 +261,26 @@ __device__ void electrostatic(const T* magnitude, const T* sign, T* coefficients
   }
 }
 
+// efreg/laws.py: Ladder.coefficients; the power in double.
+template <typename T>
+__device__ void ladder(const T* magnitude, T* coefficients, int filters, const T* law) {
+  int last = -1;
+  for (int start = 0; start < filters; start += kThreads) {
+    const int n = start + threadIdx.x;
+    last += __syncthreads_count(n < filters && isfinite(__ldcg(magnitude + n)));
+  }
+  for (int n = threadIdx.x; n < filters; n += kThreads) {
+    const T m = __ldcg(magnitude + n);
+    int rank = 0;
+    for (int k = 0; k < filters; ++k) {
+      const T other = magnitude[k];
+      rank += isfinite(other) && (other > m || (other == m && k < n));
+    }
+    const double height = pow(static_cast<double>(rank) / max(last, 1), static_cast<double>(law[1]));
+    coefficients[n] = last > 0 && isfinite(m) ? law[0] * static_cast<T>(height) : T(0);
+  }
+}
+
 // efreg/laws.py: L1.coefficients
 template <typename T>
 __device__ void l1(const T* magnitude, T* coefficients, int filters, const T* law) {
@@ -285,7 +308,7 @@ __global__ void __launch_bounds__(kThreads) measure_kernel(
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads) charge_kernel(
     Table table, acc_of<scalar_t>* magnitude, acc_of<scalar_t>* sign, acc_of<scalar_t>* coefficients,
-    int* done, const acc_of<scalar_t>* law, bool is_electrostatic, bool count) {
+    int* done, const acc_of<scalar_t>* law, Kind kind, bool count) {
   const Tile tile(table, blockIdx.x);
   measure_tile<scalar_t>(tile, count, magnitude, sign, nullptr);
   // The last block of a row to come here finds all statistics written. It applies the law.
@@ -297,10 +320,18 @@ __global__ void __launch_bounds__(kThreads) charge_kernel(
   if (!last) return;
   __threadfence();
   const auto *m = magnitude + tile.start, *s = sign + tile.start;
-  if (is_electrostatic)
-    electrostatic(m, s, coefficients + tile.offset, tile.filters, law);
-  else
-    l1(m, coefficients + tile.offset, tile.filters, law);
+  auto* c = coefficients + tile.offset;
+  switch (kind) {
+    case Kind::electrostatic:
+      electrostatic(m, s, c, tile.filters, law);
+      break;
+    case Kind::ladder:
+      ladder(m, c, tile.filters, law);
+      break;
+    case Kind::l1:
+      l1(m, c, tile.filters, law);
+      break;
+  }
   if (threadIdx.x == 0) done[tile.row] = 0;
 }
 
@@ -332,6 +363,13 @@ __global__ void __launch_bounds__(kThreads) shrink_kernel(
     shrink_filter<true, scalar_t>(tile, c, radial);
   else
     shrink_filter<false, scalar_t>(tile, c, radial);
+}
+
+Kind kind_of(const std::string& name) {
+  if (name == "electrostatic") return Kind::electrostatic;
+  if (name == "ladder") return Kind::ladder;
+  TORCH_CHECK(name == "l1", "efreg: no kernel knows the law ", name);
+  return Kind::l1;
 }
 
 Table table_of(const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights) {
@@ -367,12 +405,11 @@ void charge(
     const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights, const at::Tensor& magnitude,
     const at::Tensor& sign, const at::Tensor& coefficients, const at::Tensor& done, const at::Tensor& law,
     const std::string& kind, bool count, at::ScalarType dtype) {
-  TORCH_CHECK(kind == "electrostatic" || kind == "l1", "efreg: no kernel knows the law ", kind);
   const auto table = table_of(tiles, layout, weights);
   LAUNCH(
       tiles, dtype, charge_kernel, table, magnitude.data_ptr<acc_t>(), sign.data_ptr<acc_t>(),
-      coefficients.data_ptr<acc_t>(), done.data_ptr<int>(), law.const_data_ptr<acc_t>(),
-      kind == "electrostatic", count);
+      coefficients.data_ptr<acc_t>(), done.data_ptr<int>(), law.const_data_ptr<acc_t>(), kind_of(kind),
+      count);
 }
 
 void pull(

@@ -11,7 +11,8 @@
 namespace efreg::cuda {
 
 // A program has kThreads threads, each of which holds kEach numbers at a time: a warp's for a narrow filter,
-// the block's for a wide one. Equal to NARROW and WIDE in kernels/launch.py, by which the tiles are cut.
+// the block's for a wide one; a filter of one number has one thread. Equal to NARROW, WIDE and FLAT in
+// kernels/launch.py, by which the tiles are cut.
 constexpr int kThreads = 128;
 constexpr int kEach = 8;
 constexpr int kWarp = 32;
