@@ -1,4 +1,4 @@
-"""The console script `efreg`: demo, train, prune, sweep, report, env."""
+"""The console script `efreg`: demo, train, prune, sweep, report, paper, env."""
 
 import argparse
 import importlib.util
@@ -83,6 +83,7 @@ def _prune(arguments: argparse.Namespace) -> None:
         arguments.ratios,
         ratio=arguments.ratio,
         speedup=arguments.speedup,
+        dead=arguments.dead,
         skip=arguments.skip,
         example_inputs=example,
     )
@@ -108,6 +109,21 @@ def _report(arguments: argparse.Namespace) -> None:
     model = engine.restore(checkpoint)
     small = efreg.load(engine.restore(checkpoint), arguments.pruned)
     print(efreg.report(model, small, example_inputs=checkpoint.example()[:1]))
+
+
+def _paper(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from efreg.lab import forces
+
+    forces.run(
+        arguments.out,
+        data_folder=arguments.data,
+        only=arguments.only,
+        seeds=arguments.seeds,
+        device=arguments.device,
+        console=Console(),
+    )
 
 
 def _env(arguments: argparse.Namespace) -> None:
@@ -141,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
             "MACs, parameters, bytes, latency before and after",
             REPORT_EXAMPLES,
         ),
+        ("paper", _paper, _paper_options, "the tables and figures, ours beside the paper's", PAPER_EXAMPLES),
         ("env", _env, lambda parser: None, "what serves what here, and why", "efreg env"),
     ):
         command = commands.add_parser(
@@ -161,9 +178,12 @@ def _parser() -> argparse.ArgumentParser:
 TRAIN_EXAMPLES = """efreg train --model resnet20 --alpha 1e-11 --out runs/digits
   efreg train --dataset cifar10 --model resnet56 --alpha 1e-12 --schedule p1 --epochs 200 --out runs/c10
   efreg train --resume --out runs/c10"""
+PAPER_EXAMPLES = """efreg paper forces
+  efreg paper forces --data data --only digits cifar10 --seeds 3"""
 PRUNE_EXAMPLES = """efreg prune runs/c10/checkpoint.pt --ratio 0.5
   efreg prune runs/c10/checkpoint.pt --ratios "[0, 0.5, 0.5, 0.5, 0]" --out small.safetensors
-  efreg prune runs/c10/checkpoint.pt --speedup 2"""
+  efreg prune runs/c10/checkpoint.pt --speedup 2
+  efreg prune runs/c10/checkpoint.pt --dead"""
 SWEEP_EXAMPLES = "efreg sweep runs/c10/checkpoint.pt"
 REPORT_EXAMPLES = "efreg report runs/c10/checkpoint.pt runs/c10/pruned.safetensors"
 
@@ -185,8 +205,12 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     add("--download", action="store_true", help="fetch the data set into --data where it is missing")
     add("--model", help="resnet14/20/32/44/56, vgg19, or a torchvision name (resnet20)")
     add("--weights", metavar="FILE", help="weights to start from: safetensors or a state dict")
-    add("--law", help="electrostatic or l1 (electrostatic)")
+    add("--law", help=f"{', '.join(efreg.LAWS)} (electrostatic)")
     add("--alpha", type=float, help="strength of the force; 0 trains without (0)")
+    add("--power", type=float, help="power of the ladder (1)")
+    add("--alpha-schedule", help="constant, warmup, linear or cosine, the latter two to zero (constant)")
+    add("--alpha-until", type=float, metavar="SHARE", help="share of the training that it takes (1)")
+    add("--scope", help="weights, or filter: with bias and the norm's scale and shift (weights)")
     add("--refresh", type=int, metavar="K", help="take the charges every K steps (once)")
     add("--update", help="gradient or proximal (gradient)")
     add("--backend", help="auto, cpp or reference (auto)")
@@ -195,6 +219,9 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=int, help="(30)")
     add("--lr", type=float, help="first learning rate (0.1, with p2 0.01)")
     add("--batch-size", type=int, help="(128)")
+    add("--precision", help="float32, bfloat16, or auto: bfloat16 where the device has it (float32)")
+    add("--channels-last", action="store_true", help="lay images out channels last, faster on most devices")
+    add("--held-out", type=int, metavar="N", help="test on N training images, which are not trained on (0)")
     add("--weight-decay", type=float, help="(0)")
     add("--seed", type=int, help="(0)")
     add("--device", help="auto, cpu, cuda, ... (auto)")
@@ -208,6 +235,7 @@ def _prune_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--speedup", type=float, help="the smallest uniform ratio that saves MACs by this factor"
     )
+    parser.add_argument("--dead", action="store_true", help="remove filters that are zero; no output changes")
     parser.add_argument("--out", type=Path, help="file to write (pruned.safetensors beside the checkpoint)")
 
 
@@ -220,6 +248,18 @@ def _sweep_options(parser: argparse.ArgumentParser) -> None:
 def _report_options(parser: argparse.ArgumentParser) -> None:
     _checkpoint_option(parser)
     parser.add_argument("pruned", type=Path, help="a file that `efreg prune` wrote")
+
+
+def _paper_options(parser: argparse.ArgumentParser) -> None:
+    from efreg.lab.studies import STUDIES
+
+    add = parser.add_argument
+    add("what", choices=("forces",), help="forces: which force keeps most when filters are removed")
+    add("--data", metavar="DIR", default="data", help="folder of the data sets and weights (%(default)s)")
+    add("--only", nargs="+", default=(), choices=tuple(STUDIES), help="of the studies these (all)")
+    add("--seeds", type=int, default=3, help="seeds of each candidate, at most (%(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda, ... (%(default)s)")
+    add("--out", type=Path, default=Path("runs/paper"), help="folder to write to (%(default)s)")
 
 
 def _checkpoint_option(parser: argparse.ArgumentParser) -> None:

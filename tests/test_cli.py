@@ -16,7 +16,7 @@ import efreg
 from efreg import cli
 from efreg.lab import checkpoints, engine, models, training
 
-COMMANDS = ["demo", "train", "prune", "sweep", "report", "env"]
+COMMANDS = ["demo", "train", "prune", "sweep", "report", "paper", "env"]
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def assert_refused(capsys, arguments, *parts):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ("--law gravity", ["law 'gravity'", "electrostatic, l1"]),
+        ("--law gravity", ["law 'gravity'", "electrostatic, ladder, l1"]),
         ("--model resnet57", ["model 'resnet57'", "resnet14", "did you mean"]),
         ("--model vgg19", ["vgg19 cannot take images of 1x8x8", "choose another --model"]),
         ("--dataset imagenet", ["data set 'imagenet'", "digits, mnist"]),
@@ -132,8 +132,9 @@ def test_checkpoints_that_are_none(reading, trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ("", ["one of ratios, ratio and speedup"]),
-        ("--ratio 0.5 --speedup 2", ["one of ratios, ratio and speedup"]),
+        ("", ["one of ratios, ratio, speedup and dead"]),
+        ("--dead --ratio 0.5", ["one of ratios, ratio, speedup and dead"]),
+        ("--ratio 0.5 --speedup 2", ["one of ratios, ratio, speedup and dead"]),
         ("--ratio 1", ["ratio 1 is outside [0, 1)"]),
         ("--ratios '[0, 0.5, 0]'", ["3 ratios for ResNet, which takes 5"]),
         ("--ratios '[0.5, 0.5, 0.5, 0.5, 0]'", ["first convolution", "must be 0"]),
@@ -242,7 +243,9 @@ def test_every_option_reaches_the_settings(monkeypatch):
     line = (
         "train --dataset mnist --data here --download --model resnet32 --weights w.pt --law l1 --alpha 0.01 "
         "--refresh 3 --update proximal --backend reference --ratio 0.65 --skip 1.0 2.1 --schedule p2 "
-        "--epochs 7 --lr 0.2 --batch-size 9 --weight-decay 5e-4 --seed 4 --device cpu --out there"
+        "--epochs 7 --lr 0.2 --batch-size 9 --weight-decay 5e-4 --seed 4 --device cpu --out there "
+        "--scope filter --power 2 --alpha-schedule cosine --alpha-until 0.5 --precision auto --channels-last "
+        "--held-out 100"
     )
     assert cli.main(line.split()) == 0
     settings, out, options = seen[0]
@@ -253,6 +256,10 @@ def test_every_option_reaches_the_settings(monkeypatch):
         "weights": "w.pt",
         "law": "l1",
         "alpha": 0.01,
+        "power": 2.0,
+        "alpha_schedule": "cosine",
+        "alpha_until": 0.5,
+        "scope": "filter",
         "refresh": 3,
         "update": "proximal",
         "backend": "reference",
@@ -263,6 +270,9 @@ def test_every_option_reaches_the_settings(monkeypatch):
         "epochs": 7,
         "lr": 0.2,
         "batch_size": 9,
+        "precision": "auto",
+        "channels_last": True,
+        "held_out": 100,
         "weight_decay": 5e-4,
         "seed": 4,
         "device": "cpu",
@@ -271,6 +281,32 @@ def test_every_option_reaches_the_settings(monkeypatch):
     assert (options["download"], options["resume"]) == (True, False)
     assert cli.main(["train"]) == 0
     assert seen[1][0] == checkpoints.Settings()
+
+
+def test_prune_takes_dead_filters_away(tmp_path, capsys, caplog):
+    """Accuracy and outputs stay; without dead filters one line says so, and the copy is equal."""
+    line = (
+        "train --model resnet14 --law ladder --alpha 8 --power 4 --scope filter --update proximal --epochs 3"
+    )
+    assert cli.main([*line.split(), "--device", "cpu", "--out", "run"]) == 0
+    assert cli.main(["prune", "run/checkpoint.pt", "--dead", "--out", "small.safetensors"]) == 0
+    whole = engine.restore(checkpoints.load("run/checkpoint.pt"))
+    small = efreg.load(models.resnet14(in_channels=1), "small.safetensors").eval()
+    assert efreg.macs(small, torch.zeros(1, 1, 8, 8)) < efreg.macs(whole, torch.zeros(1, 1, 8, 8))
+    x = torch.randn(20, 1, 8, 8)
+    torch.testing.assert_close(small(x), whole(x), rtol=1e-4, atol=1e-5)
+    assert re.search(r"MACs +1,631,872 +[\d,]+ ", capsys.readouterr().out)
+
+
+def test_prune_without_dead_filters_says_so(trained, caplog):
+    assert cli.main(["prune", str(trained / "checkpoint.pt"), "--dead", "--out", "same.safetensors"]) == 0
+    assert "ResNet has no dead filters to remove: the plan is empty" in caplog.messages
+    same = efreg.load(models.resnet14(in_channels=1), "same.safetensors")
+    whole = engine.restore(checkpoints.load(trained / "checkpoint.pt"))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(same.state_dict().values(), whole.state_dict().values(), strict=True)
+    )
 
 
 def test_prune_and_report_need_no_data(trained, tmp_path, capsys, monkeypatch):
@@ -346,7 +382,9 @@ def test_without_the_lab_it_says_how_to_get_it(command, capsys, monkeypatch, tmp
     find = importlib.util.find_spec
     gone = ("sklearn", "tensorboard")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name in gone else find(name))
-    more = {"prune": ["x.pt"], "sweep": ["x.pt"], "report": ["x.pt", "y"]}.get(command, [])
+    more = {"prune": ["x.pt"], "sweep": ["x.pt"], "report": ["x.pt", "y"], "paper": ["forces"]}.get(
+        command, []
+    )
     assert_refused(
         capsys, [command, *more], f"{command} needs sklearn, tensorboard", 'pip install "efreg[lab]"'
     )

@@ -14,8 +14,17 @@ import efreg
 from efreg.lab import data, demo, engine, models, sweep
 from efreg.lab.sweep import Cut
 
-NAMES = ["no force", "L1", "electrostatic, each step", "electrostatic, proximal", "electrostatic, once"]
-STEMS = ["no-force", "l1", "electrostatic-each-step", "electrostatic-proximal", "electrostatic-once"]
+NAMES = [
+    "no force",
+    "L1",
+    "electrostatic, each step",
+    "electrostatic, proximal",
+    "electrostatic, once",
+    "L1, whole filter",
+    "electrostatic, whole filter",
+    "ladder, whole filter",
+]
+STEMS = [name.lower().replace(", ", "-").replace(" ", "-") for name in NAMES]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -168,6 +177,22 @@ def test_findings_where_l1_is_best():
         "L1 does better than electrostatic, once at 20 %, 50 %, 90 %, batch-norm statistics re-estimated.",
         "L1 does better than electrostatic, proximal at 50 %, right after pruning.",
         "L1 does better than electrostatic, proximal at 80 %, batch-norm statistics re-estimated.",
+    ]
+
+
+def test_findings_on_the_whole_filter():
+    """What acts on the whole filter is held against L1 on the whole filter."""
+    sweeps = {
+        "no force": cuts(*10 * [10]),
+        "L1": cuts(*10 * [99]),
+        "L1, whole filter": cuts(*10 * [50]),
+        "ladder, whole filter": cuts(98, *9 * [40]),
+    }
+    every = ", ".join(f"{tenth}0 %" for tenth in range(1, 10))
+    better = f"L1, whole filter does better than ladder, whole filter at {every}"
+    assert demo.findings(sweeps, 7)[1:] == [
+        f"{better}, right after pruning.",
+        f"{better}, batch-norm statistics re-estimated.",
     ]
 
 

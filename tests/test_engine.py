@@ -168,7 +168,89 @@ def test_a_row_of_the_log():
     assert row["energy"] == run.force.energy().item() > 0
     assert row["near_zero"] == engine.near_zero(run.force)
     assert row["lr"] == 0.05
+    assert (row["dead"], row["macs"]) == (0, efreg.macs(run.model, torch.zeros(1, 1, 8, 8)))
     assert 0 < row["loss"] < 10
+
+
+LADDER = {"law": "ladder", "alpha": 8.0, "power": 4.0, "scope": "filter", "update": "proximal"}
+
+
+def test_the_log_counts_dead_filters_and_the_macs_without_them():
+    """Those of a network that is pruned of them; its outputs are the whole network's."""
+    run = engine.Run(settings(**LADDER))
+    rows = list(run.epochs())
+    example = torch.randn(2, 1, 8, 8)
+    dead = efreg.plan(run.model, dead=True, example_inputs=example)
+    assert rows[-1]["dead"] == sum(layer.removed for layer in dead.layers) > 20
+    small = efreg.prune(run.model, dead, example_inputs=example)
+    assert rows[-1]["macs"] == efreg.macs(small, example[:1]) < efreg.macs(run.model, example[:1])
+    assert rows[0]["dead"] <= rows[-1]["dead"] and rows[0]["macs"] >= rows[-1]["macs"]
+    assert engine.evaluate(small, run.data.test)[1] == engine.evaluate(run.model, run.data.test)[1]
+
+
+@pytest.mark.parametrize(
+    "schedule, until, expected",
+    [
+        ("constant", 1.0, [2.0] * 6),
+        ("warmup", 0.5, [0, 2 / 3, 4 / 3, 2, 2, 2]),
+        ("linear", 0.5, [2, 4 / 3, 2 / 3, 0, 0, 0]),
+        ("cosine", 1.0, [1 + math.cos(math.pi * step / 6) for step in range(6)]),
+    ],
+)
+def test_the_course_of_alpha(schedule, until, expected):
+    """Over six steps of training."""
+    options = engine.force_options(settings(alpha=2.0, alpha_schedule=schedule, alpha_until=until), 6)
+    alpha = options["law"].alpha
+    found = [alpha(step) if callable(alpha) else alpha for step in range(6)]
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_scheduled_run_goes_on_to_the_same_bits(tmp_path):
+    chosen = settings(**LADDER, alpha_schedule="linear", alpha_until=0.9)
+    expected = list(engine.Run(chosen).epochs())
+    first = engine.Run(chosen)
+    next(first.epochs())
+    checkpoints.save(first.checkpoint(), tmp_path / "x.pt")
+    second = engine.Run(chosen, checkpoints.load(tmp_path / "x.pt"))
+    list(second.epochs())
+    assert without_times(second.history) == without_times(expected)
+
+
+def test_held_out_images_take_the_test_images_place():
+    """They are training images, always the same, and are not trained on."""
+    run, other = engine.Run(settings(held_out=40)), engine.Run(settings(held_out=40, seed=3))
+    whole = every_eighth_digit()[0][0]
+    assert (len(run.data.train), len(run.data.test)) == (len(whole) - 40, 40)
+    assert torch.equal(run.data.test.images, other.data.test.images)
+    together = torch.cat([run.data.train.images, run.data.test.images]).flatten(1)
+    assert sorted(together.tolist()) == sorted(whole.flatten(1).tolist())
+    with pytest.raises(ValueError, match="cannot hold out 1000 of 169 training images"):
+        engine.Run(settings(held_out=1000))
+
+
+def test_bfloat16_by_choice(monkeypatch):
+    """The network computes in it, weights and losses are float32; "auto" looks at the device."""
+    seen = []
+    run = engine.Run(settings(precision="bfloat16", channels_last=True, epochs=1))
+    run.model.layer1.register_forward_hook(lambda *_: seen.append(_[2].dtype))
+    list(run.epochs())
+    assert set(seen) == {torch.bfloat16}
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+    assert run.model.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(engine, "has_bfloat16", lambda device, has=has: has)
+        assert engine.Run(settings(precision="auto")).dtype == dtype
+    assert engine.Run(settings()).dtype == torch.float32
+
+
+def test_weights_are_cast_anew_at_every_step():
+    """Two steps in bfloat16 are those of a network whose casts were not kept."""
+    runs = [engine.Run(settings(precision="bfloat16", epochs=1)) for _ in range(2)]
+    for run, kept in zip(runs, (True, False), strict=True):
+        torch.set_autocast_cache_enabled(kept)
+        list(run.epochs())
+    torch.set_autocast_cache_enabled(True)
+    assert equal(runs[0].model.state_dict(), runs[1].model.state_dict())
 
 
 def test_every_epoch_has_its_own_rate_and_order(monkeypatch):
@@ -466,8 +548,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(step, tmp_path, monkeypatch):
     """The epoch is named, also where its last step alone went wrong; the checkpoint before it stays."""
     good, count = engine.train_step, iter(range(100))
 
-    def poisoned(model, optimizer, inputs, labels):
-        logits = good(model, optimizer, inputs, labels)
+    def poisoned(model, *given):
+        logits = good(model, *given)
         if next(count) == step:
             nn.init.constant_(model.conv1.weight, math.nan)
         return logits
@@ -493,6 +575,13 @@ def test_a_loss_that_is_not_finite_ends_the_run(step, tmp_path, monkeypatch):
         ({"model": "vgg19"}, "vgg19 cannot take images of 1x8x8 .*: choose another --model"),
         ({"model": "picky"}, "picky cannot take images of 1x8x8 .*224.*: choose another --model"),
         ({"model": "resnet18"}, "resnet18 takes 3 channels, not 1"),
+        ({"law": "gravity"}, "unknown law 'gravity': there are electrostatic, ladder, l1, group_lasso"),
+        ({"power": 2.0}, "power is the ladder's, the law is electrostatic"),
+        ({"law": "ladder", "power": -2.0}, "power is -2.0"),
+        ({"scope": "all"}, "unknown scope 'all': there are weights, filter"),
+        ({"alpha_schedule": "sine"}, "'sine': there are constant, warmup, linear, cosine"),
+        ({"alpha_until": 0.0}, "alpha_until is 0.0: it is a share of the training, in .0, 1.$"),
+        ({"precision": "float8"}, "unknown precision 'float8': there are float32, bfloat16, auto"),
         ({"lr": -1.0}, "-1"),
         ({"weight_decay": -1.0}, "-1"),
     ],
@@ -516,7 +605,15 @@ def test_missing_weights_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"law": "gravity"}, {"model": "resnet21"}, {"alpha": -1.0}, {"ratio": "1"}]
+    "changes",
+    [
+        {"law": "gravity"},
+        {"model": "resnet21"},
+        {"alpha": -1.0},
+        {"ratio": "1"},
+        {"update": "x"},
+        {"scope": "x"},
+    ],
 )
 def test_nothing_is_fetched_for_settings_that_are_wrong(changes, monkeypatch):
     monkeypatch.setattr(data, "_load_torchvision", lambda *_: pytest.fail("fetched"))

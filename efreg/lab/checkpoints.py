@@ -17,13 +17,19 @@ FORMAT = "efreg checkpoint 1"
 class Settings:
     """Everything that decides the weights a training run ends with, and where its data lies.
 
-    lr None is the schedule's own; ratio, ratios and skip name the layers that the force acts on.
+    lr None is the schedule's own; ratio, ratios and skip name the layers that the force acts on. power is the
+    ladder's. alpha follows alpha_schedule over the share alpha_until of the training. held_out training
+    images are not trained on and take the place of the test images.
     """
 
     dataset: str = "digits"
     model: str = "resnet20"
     law: str = "electrostatic"
     alpha: float = 0.0
+    power: float | None = None
+    alpha_schedule: str = "constant"
+    alpha_until: float = 1.0
+    scope: str = "weights"
     refresh: int | None = None
     update: str = "gradient"
     backend: str = "auto"
@@ -34,6 +40,9 @@ class Settings:
     epochs: int = 30
     lr: float | None = None
     batch_size: int = 128
+    precision: str = "float32"
+    channels_last: bool = False
+    held_out: int = 0
     weight_decay: float = 0.0
     seed: int = 0
     device: str = "auto"

@@ -4,6 +4,7 @@ The small sets are held as one uint8 tensor and cropped, flipped and normalised 
 device; image folders go through torchvision's transforms and a DataLoader.
 """
 
+import copy
 import os
 import pickle
 from collections.abc import Iterator
@@ -84,6 +85,19 @@ def load(
     return Data(holds, *(InMemory(holds, *part, device) for part in parts))
 
 
+def hold_out(data: Data, count: int) -> Data:
+    """The same data set with `count` of its training images, always the same ones, in the test images' place.
+
+    What is chosen by them is chosen without a look at the test images. Raises ValueError where too few are
+    left to train on, or the images are not held in memory.
+    """
+    images = data.train
+    if not isinstance(images, InMemory) or not 0 < count < len(images):
+        raise ValueError(f"cannot hold out {count} of {len(images)} training images of this data set")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(images.labels.device)
+    return Data(data.info, images.only(order[count:]), images.only(order[:count]))
+
+
 def info(name: str, root: str | Path = "data") -> Info:
     """What the data set `name` holds, before anything is read or fetched. Raises as `load` does."""
     if name not in NAMES:
@@ -105,6 +119,12 @@ class InMemory:
         self.mean, self.std = (
             info.peak * torch.tensor(values, device=device).view(-1, 1, 1) for values in (info.mean, info.std)
         )
+
+    def only(self, index: Tensor) -> "InMemory":
+        """Some of the images."""
+        some = copy.copy(self)
+        some.images, some.labels = self.images[index], self.labels[index]
+        return some
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,16 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 START_LR = {"p2": 0.01}
 """The learning rate that a schedule starts from where none is given; 0.1 for the others."""
 
+ALPHA_SCHEDULES: dict[str, Callable[[float, int], efreg.schedules.Schedule]] = {
+    "warmup": efreg.schedules.warmup,
+    "linear": efreg.schedules.linear,
+    "cosine": efreg.schedules.cosine,
+}
+"""The courses that α can take, beside "constant"."""
+
+PRECISIONS = ("float32", "bfloat16", "auto")
+"""What a network computes in; its weights are float32. "auto" is bfloat16 where the device has it."""
+
 
 class Diverged(RuntimeError):
     """Training met a loss that is not finite."""
@@ -50,26 +61,30 @@ class Run:
         if not checkpoint:
             check(settings)
         torch.set_flush_denormal(True)  # weights near zero make denormals in the momentum: steps 10x slower
-        self.settings, self.device = settings, _device(settings.device)
+        self.settings, self.device = settings, device_named(settings.device)
+        self.dtype = dtype_of(settings.precision, self.device)
         self.history: list[Row] = list(checkpoint.history) if checkpoint else []
         info = data.info(settings.dataset, settings.data)
         weights = _first_weights(settings, checkpoint)
         self.model = build(settings, info.num_classes, info.shape, weights).to(self.device)
-        self.plan = plan(self.model, settings, _example(info.shape).to(self.device))
-        self.force = efreg.attach(
-            self.model,
-            settings.alpha,
-            law=settings.law,
-            layers=self.plan,
-            refresh=settings.refresh,
-            update=settings.update,
-            backend=settings.backend,
-        )
-        self.optimizer = sgd(self.model, settings)
+        if settings.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
+        self.example = _example(info.shape).to(self.device)
+        self.plan = plan(self.model, settings, self.example)
+        self._attach(steps=1).detach()  # what cannot be attached is refused before anything is fetched
         self.data = data.load(settings.dataset, settings.data, download=download, device=self.device)
+        if settings.held_out:
+            self.data = data.hold_out(self.data, settings.held_out)
+        self.force = self._attach(settings.epochs * steps_per_epoch(self.data.train, settings))
+        self.optimizer = sgd(self.model, settings)
+        self._remains = _Remains(self.model, self.plan, self.example)
         if checkpoint and checkpoint.epoch:
             self.optimizer.load_state_dict(checkpoint.optimizer)
             self.force.load_state_dict(checkpoint.force)
+
+    def _attach(self, steps: int) -> efreg.Attachment:
+        options = force_options(self.settings, steps)
+        return efreg.attach(self.model, layers=self.plan, backend=self.settings.backend, **options)
 
     @property
     def epoch(self) -> int:
@@ -97,9 +112,10 @@ class Run:
         for epoch in range(self.epoch, self.settings.epochs):
             start = time.perf_counter()
             loss, accuracy = train_epoch(
-                self.model, self.optimizer, self.data.train, self.settings, epoch, tick
+                self.model, self.optimizer, self.data.train, self.settings, epoch, tick, self.dtype
             )
-            test_loss, test_accuracy = evaluate(self.model, self.data.test)
+            test_loss, test_accuracy = evaluate(self.model, self.data.test, dtype=self.dtype)
+            dead, macs = self._remains.now()
             if not (math.isfinite(loss) and math.isfinite(test_loss)):
                 raise Diverged(f"the loss is not finite in epoch {epoch + 1}: lower --lr or --alpha")
             row = {
@@ -110,6 +126,8 @@ class Run:
                 "test_accuracy": test_accuracy,
                 "energy": self.force.energy().item(),
                 "near_zero": near_zero(self.force),
+                "dead": dead,
+                "macs": macs,
                 "lr": self.optimizer.param_groups[0]["lr"],
                 "seconds": time.perf_counter() - start,
             }
@@ -138,6 +156,17 @@ def plan(model: nn.Module, settings: Settings, example: Tensor) -> efreg.Plan:
     return efreg.plan(model, settings.ratios, ratio=ratio, skip=settings.skip, example_inputs=example)
 
 
+def force_options(settings: Settings, steps: int) -> dict[str, Any]:
+    """What `efreg.attach` is given, beside model and layers, for a training of so many steps."""
+    alpha = settings.alpha
+    if settings.alpha_schedule != "constant":
+        until = max(1, round(settings.alpha_until * steps))
+        alpha = ALPHA_SCHEDULES[settings.alpha_schedule](alpha, until)
+    more = {} if settings.power is None else {"power": settings.power}
+    law = efreg.LAWS[settings.law](alpha, **more)
+    return {"law": law, "scope": settings.scope, "refresh": settings.refresh, "update": settings.update}
+
+
 def sgd(model: nn.Module, settings: Settings) -> torch.optim.SGD:
     """SGD with momentum 0.9, as the paper trains."""
     return torch.optim.SGD(
@@ -157,6 +186,7 @@ def train_epoch(
     settings: Settings,
     epoch: int,
     tick: Callable[[], None] = lambda: None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[float, float]:
     """One pass over the images: mean loss, and accuracy in percent, as met on the way."""
     torch.manual_seed(data.seed_of(settings.seed, epoch))
@@ -167,15 +197,22 @@ def train_epoch(
         share = (epoch * steps + step) / (settings.epochs * steps)
         for group in optimizer.param_groups:
             group["lr"] = start_lr(settings) * SCHEDULES[settings.schedule](share)
-        tally.add(train_step(model, optimizer, inputs, labels), labels)
+        tally.add(train_step(model, optimizer, inputs, labels, dtype), labels)
         tick()
     return tally.means()
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor) -> Tensor:
-    """One step of the optimizer on the cross-entropy of a batch; the logits before it."""
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    inputs: Tensor,
+    labels: Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """One step of the optimizer on the cross-entropy of a batch; the logits before it, made in `dtype`."""
     optimizer.zero_grad()
-    logits = model(inputs)
+    with _computing(dtype, inputs.device):
+        logits = _full(model(inputs))
     F.cross_entropy(logits, labels).backward()
     optimizer.step()
     return logits.detach()
@@ -186,13 +223,21 @@ def steps_per_epoch(images: data.Images, settings: Settings) -> int:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: data.Images, batch_size: int = 250) -> tuple[float, float]:
+def evaluate(
+    model: nn.Module,
+    images: data.Images,
+    batch_size: int = 250,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[float, float]:
     """Mean loss and accuracy in percent, in eval mode; the model's own mode is left as it was."""
     training = model.training
     model.eval()
     tally = _Tally()
     for inputs, labels in images.batches(batch_size):
-        tally.add(model(inputs), labels)
+        with _computing(dtype, inputs.device):
+            logits = _full(model(inputs))
+        tally.add(logits, labels)
     model.train(training)
     return tally.means()
 
@@ -201,6 +246,55 @@ def near_zero(force: efreg.Attachment) -> int:
     """How many of the force's filters have a magnitude of at most 1 % of their layer's largest."""
     magnitudes = (charges.magnitude for charges in force.charges().values())
     return sum(int((m <= NEAR_ZERO * m.max()).sum()) for m in magnitudes)
+
+
+class _Remains:
+    """How much of a model is left without its dead filters, pruned and counted when their number changes."""
+
+    def __init__(self, model: nn.Module, plan: efreg.Plan, example: Tensor):
+        self._model, self._plan, self._example = model, plan, example[:1]
+        self._dead, self._macs = 0, efreg.macs(model, self._example)
+
+    def now(self) -> tuple[int, int]:
+        """Dead filters of the planned layers, and the MACs of an image that remain without them."""
+        dead = sum(map(len, self._plan.dead(self._model).values()))
+        if dead != self._dead:
+            self._dead, self._macs = (
+                dead,
+                efreg.macs(_without_dead(self._model, self._example), self._example),
+            )
+        return self._dead, self._macs
+
+
+def _without_dead(model: nn.Module, example: Tensor) -> nn.Module:
+    dead = efreg.plan(model, dead=True, example_inputs=example)
+    return efreg.prune(model, dead, example_inputs=example)
+
+
+def dtype_of(precision: str, device: torch.device) -> torch.dtype:
+    """What a network computes in on this device."""
+    bfloat16 = precision == "bfloat16" or (precision == "auto" and has_bfloat16(device))
+    return torch.bfloat16 if bfloat16 else torch.float32
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16; a CPU without is three times slower in it than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpuinfo = Path("/proc/cpuinfo")
+    if device.type != "cpu" or not cpuinfo.exists():
+        return False
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpuinfo.read_text().split())
+
+
+def _computing(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """The context of one forward pass; a longer one would keep casts of weights that have changed since."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def _full(logits: Tensor) -> Tensor:
+    """Logits in float32 at least, as losses need them."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
 class _Tally:
@@ -222,6 +316,19 @@ def check(settings: Settings) -> None:
     """Raises ValueError or FileNotFoundError, naming it, for a setting that no training can have."""
     if settings.schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {settings.schedule!r}: there are {', '.join(SCHEDULES)}")
+    if settings.law not in efreg.LAWS:
+        raise ValueError(f"unknown law {settings.law!r}: there are {', '.join(efreg.LAWS)}")
+    if settings.power is not None and settings.law != "ladder":
+        raise ValueError(
+            f"power is the ladder's, the law is {settings.law}: drop --power or take --law ladder"
+        )
+    if settings.alpha_schedule not in ("constant", *ALPHA_SCHEDULES):
+        known = ", ".join(("constant", *ALPHA_SCHEDULES))
+        raise ValueError(f"unknown schedule of alpha {settings.alpha_schedule!r}: there are {known}")
+    if not 0 < settings.alpha_until <= 1:
+        raise ValueError(f"alpha_until is {settings.alpha_until}: it is a share of the training, in (0, 1]")
+    if settings.precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {settings.precision!r}: there are {', '.join(PRECISIONS)}")
     for name in ("epochs", "batch_size"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} is {getattr(settings, name)}: it must be at least 1")
@@ -231,7 +338,8 @@ def check(settings: Settings) -> None:
         raise FileNotFoundError(f"no file {settings.weights}: --weights names a file of weights")
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """The device; "auto" is the GPU where there is one. Raises ValueError for one that cannot be had."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

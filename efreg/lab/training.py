@@ -8,7 +8,7 @@ from rich.console import Console
 import efreg
 from efreg.lab import checkpoints, engine
 from efreg.lab.checkpoints import Settings
-from efreg.lab.logs import Log, progress
+from efreg.lab.logs import Log, Row, progress
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -39,6 +39,7 @@ def train(
     run = engine.Run(checkpoint.settings if checkpoint else settings, checkpoint, download=download)
     out.mkdir(parents=True, exist_ok=True)
     console.print(f"{run.force}", highlight=False)
+    console.print(f"{str(run.dtype).removeprefix('torch.')} on {run.device}", highlight=False)
     _train(run, out, path, console)
     efreg.save(run.model, out / "model.safetensors")
     console.print(
@@ -55,7 +56,10 @@ def _train(run: engine.Run, out: Path, path: Path, console: Console) -> None:
         for row in run.epochs(lambda: bar.advance(task)):
             checkpoints.save(run.checkpoint(), path)
             log.add(row)
-            note = (
-                f"loss {row['loss']:.3f}, test {row['test_accuracy']:.1f} %, {row['near_zero']:.0f} near zero"
-            )
-            bar.update(task, note=note)
+            bar.update(task, note=_note(row))
+
+
+def _note(row: Row) -> str:
+    """What the progress bar says of an epoch."""
+    note = f"loss {row['loss']:.3f}, test {row['test_accuracy']:.1f} %, {row['near_zero']:.0f} near zero"
+    return f"{note}, {row['dead']:.0f} dead, {row['macs'] / 1e6:.1f} M MACs left"
