@@ -330,12 +330,12 @@ def measure_host() -> None:
 def measure_training() -> None:
     """A step with the force beside one without: three copies of one network, in turns."""
     cases = {
-        "ResNet-56, batch 128": (models.resnet56, 128, 32, "*.conv1"),
-        "VGG-19, batch 128": (lambda: models.vgg19(num_classes=10), 128, 32, None),
-        "ResNet-50, batch 128, 224²": (resnet50, 128, 224, None),
+        "ResNet-56, batch 128": (models.resnet56, 128, 32, "*.conv1", "[0, .5, .5, .5, 0]"),
+        "VGG-19, batch 128": (lambda: models.vgg19(num_classes=10), 128, 32, None, "[1-15:.5]"),
+        "ResNet-50, batch 128, 224²": (resnet50, 128, 224, None, "[0, .5, .5, .5, .5, 0]"),
     }
     if options.tiny:
-        cases = {"tiny, batch 2": (tiny, 2, 32, None)}
+        cases = {"tiny, batch 2": (tiny, 2, 32, None, {"0": 0.5})}
     for name, case in cases.items():
         for fused in (False, True):
             if late():
@@ -344,16 +344,23 @@ def measure_training() -> None:
             free()
 
 
-def training_of(name: str, build, batch: int, side: int, layers, *, fused: bool) -> None:
+def training_of(name: str, build, batch: int, side: int, layers, ratios, *, fused: bool) -> None:
     start = build().to(DEVICE, memory_format=torch.channels_last)
     images = torch.randn(batch, 3, side, side, device=DEVICE).to(memory_format=torch.channels_last)
     labels = torch.randint(10, (batch,), device=DEVICE)
+    plan = efreg.plan(start, ratios, example_inputs=images[:2])
+    ways = {
+        "without": None,
+        "kept": {"layers": layers},
+        "fresh": {"layers": layers, "refresh": 1},
+        "whole filters": {"layers": plan, "law": "ladder", "scope": "filter"},
+    }
     steps, forces = {}, {}
-    for mode, refresh in (("without", 0), ("kept", None), ("fresh", 1)):
+    for mode, settings in ways.items():
         model = copy.deepcopy(start)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=fused, foreach=not fused)
-        if mode != "without":
-            forces[mode] = efreg.attach(model, 1e-16, layers=layers, refresh=refresh)
+        if settings is not None:
+            forces[mode] = efreg.attach(model, 1e-16, **settings)
             stepping.unsubscribe(forces[mode])
         steps[mode] = one_step(model, optimizer, images, labels)
     precision = "bfloat16 autocast"
@@ -393,13 +400,13 @@ def heard(force):
 def report_training(name, precision, optimizer, how, taken) -> None:
     what = f"training step, SGD {optimizer}, {how}"
     plain = record(what, "without the force", name, taken["without"], "ms", precision)
-    for mode in ("kept", "fresh"):
-        pairs = list(zip(taken[mode], taken["without"], strict=True))
-        record(what, f"with, charges {mode}", name, taken[mode], "ms", precision)
-        ratio = record(what, f"with, charges {mode}", name, [a / b for a, b in pairs], "x without", precision)
-        more = record(
-            what, f"with, charges {mode}", name, [1e3 * (a - b) for a, b in pairs], "us more", precision
-        )
+    for mode, times in taken.items():
+        if mode == "without":
+            continue
+        pairs = list(zip(times, taken["without"], strict=True))
+        record(what, f"with, {mode}", name, times, "ms", precision)
+        ratio = record(what, f"with, {mode}", name, [a / b for a, b in pairs], "x without", precision)
+        more = record(what, f"with, {mode}", name, [1e3 * (a - b) for a, b in pairs], "us more", precision)
         say(f"{name}, SGD {optimizer}, {how}: {plain:.2f} ms; {mode} ×{ratio:.4f}, {more:+.1f} µs")
 
 

@@ -48,9 +48,9 @@ def operations(kind, weights):
     }
 
 
-def hook(model, **options):
+def hook(model, law=peers.LAW, **options):
     """The whole call that an optimizer's step makes into efreg."""
-    force = efreg.attach(model, law=peers.LAW, **options)
+    force = efreg.attach(model, law=law, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     return lambda: force.before_step(optimizer, (optimizer,), {})
 
@@ -107,3 +107,20 @@ def test_hook_kept(side_by_side, network):
         "compiled reference": lambda: compiled(weights, coefficients),
     }
     side_by_side("hook, charges kept", name, functions, relative_to="floor of 12 bytes", rounds=2 * rounds)
+
+
+SCOPED = {"ResNet-56": "[0, .5, .5, .5, 0]", "VGG-19": "[1-15:.5]"}
+
+
+@pytest.mark.parametrize("refresh", [None, 1], ids=["kept", "fresh"])
+def test_hook_on_the_whole_filter(side_by_side, network, refresh):
+    """The layers of the paper's plan: their weights alone, and with the norms' scale and shift."""
+    name, model, _, rounds = network
+    plan = efreg.plan(model, SCOPED[name], example_inputs=torch.randn(2, 3, 32, 32))
+    functions = {
+        f"cpp, {scope}{more}": hook(model, law, layers=plan, scope=scope, refresh=refresh, backend="cpp")
+        for scope in ("weights", "filter")
+        for law, more in ((peers.LAW, ""), (efreg.Ladder(1e-9), ", ladder"))
+    }
+    what = "hook on the plan's layers, charges " + ("fresh" if refresh else "kept")
+    side_by_side(what, name, functions, relative_to="cpp, weights", rounds=4 * rounds)

@@ -12,6 +12,7 @@ import torch
 import torchvision
 from test_force import hook
 
+import efreg
 from efreg.kernels import force
 from efreg.lab import models
 
@@ -40,6 +41,15 @@ class Compiled(dict):
 def stubbed(monkeypatch):
     for launcher in (force._measure, force._charge, force._pull, force._shrink):
         monkeypatch.setattr(launcher, "_compiled", Compiled())
+
+
+def test_host_on_the_whole_filter(alone):
+    model = models.resnet56()
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    plan = efreg.plan(model, ratio=0.5, example_inputs=torch.randn(2, 3, 32, 32))
+    call = hook(model, layers=plan, scope="filter", backend="triton")
+    alone("host, charges kept, no launch", "triton", "ResNet-56, 27 layers, whole filters", call, rounds=2000)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

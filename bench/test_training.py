@@ -27,6 +27,24 @@ def step(model, batch):
     return train
 
 
+SCOPED = {"ResNet-56, batch 32": "[0, .5, .5, .5, 0]", "VGG-19, batch 16": "[1-15:.5]"}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_training_step_on_the_whole_filter(side_by_side, name):
+    """The layers of the paper's plan: their weights alone, and with the norms' scale and shift."""
+    torch.manual_seed(0)
+    torch.set_flush_denormal(True)
+    build, batch, rounds = NETWORKS[name]
+    functions = {"without the force": step(build(), batch)}
+    for scope in ("weights", "filter"):
+        model = build()
+        plan = efreg.plan(model, SCOPED[name], example_inputs=torch.randn(2, 3, 32, 32))
+        efreg.attach(model, law=efreg.Ladder(1e-9), layers=plan, scope=scope)
+        functions[f"with, {scope}"] = step(model, batch)
+    side_by_side("training step, plan, kept", name, functions, relative_to="with, weights", rounds=rounds)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("refresh", [None, 1], ids=["kept", "fresh"])
 def test_training_step(side_by_side, name, refresh):
