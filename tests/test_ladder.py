@@ -77,12 +77,12 @@ def test_a_bad_power_is_refused(power):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0, 3.7])
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.7])
 def test_every_backend_climbs_the_same_ladder(backend, dtype, power):
     """Coefficients against the float64 law applied to the backend's own magnitudes; ties, NaN and Inf in."""
-    shapes = [(1, 9), (2, 3, 3, 3), (17, 4), (300, 5), (64, 300), (5, 1)]
+    shapes = [(1, 9), (2, 3, 3, 3), (17, 4), (140, 5), (20, 300), (5, 1)]
     weights = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
-    weights[3][200:260] = weights[3][100:160]
+    weights[3][110:135] = weights[3][60:85]
     weights[3][7, 0], weights[3][8, 1], weights[1][0, 0, 0, 0] = math.nan, math.inf, -math.inf
     rows = Rows.of(weights, [0] * len(weights))
     c = torch.full((sum(map(len, weights)),), math.nan, dtype=accumulator(dtype))
