@@ -21,7 +21,6 @@ GROUP_LASSO = Force("group lasso", {"law": "group_lasso"})
 ONCE = Force("electrostatic, once", {"law": "electrostatic"})
 EACH_STEP = Force("electrostatic, each step", {"law": "electrostatic", "refresh": 1})
 LADDER = Force("ladder", {"law": "ladder"})
-LADDER_3 = Force("ladder, p = 3", {"law": "ladder", "power": 3.0})
 LADDER_4 = Force("ladder, p = 4", {"law": "ladder", "power": 4.0})
 
 
@@ -142,7 +141,7 @@ CIFAR10_LONG = Study(
     "cifar10-long",
     replace(CIFAR10.base, epochs=15),
     (
-        Candidate(Way(LADDER_3, "filter", "proximal"), 0.1),
+        Candidate(Way(LADDER_4, "filter", "proximal"), 0.1),
         Candidate(Way(L1, "filter", "proximal"), 0.03, seeds=1),
     ),
     weights=CIFAR10.weights,
