@@ -65,14 +65,17 @@ def shrink(
 ) -> None:
     """w ← sgn(w) · max(|w| − scale · c_n, 0), in place: the proximal step of Σ c_n · ‖w_n‖₁ at scale = lr.
 
-    For a radial law w ← w · max(1 − scale · c_n / ‖w_n‖₂, 0), the proximal step of Σ c_n · ‖w_n‖₂.
+    For a radial law w ← w · max(1 − scale · c_n / ‖w_n‖₂, 0), the proximal step of Σ c_n · ‖w_n‖₂; weights so
+    small that their norm is 0 become 0, a filter whose norm is not finite stays.
     A filter whose coefficient is 0 keeps its weights to the bit.
 
     weight: [N, ...]; coefficient: [N]; scale: a number or a 0-dim tensor.
     """
     w, _, c = _operands(weight, weight, coefficient * scale, dim)
     if radial:
-        shrunk = w * (1 - c * _inverse_norm(w)).clamp_min(0)
+        norm = torch.linalg.vector_norm(w, dim=1, keepdim=True)
+        kept = torch.where((norm > 0) & norm.isfinite(), 1 - c / norm, 1)
+        shrunk = w * torch.where(norm <= c, 0, kept)
     else:
         shrunk = w.sign() * (w.abs() - c).clamp_min(0)
     _write(weight, shrunk, c != 0, dim)

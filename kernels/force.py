@@ -122,6 +122,12 @@ def _inverse(norm):
 
 
 @triton.jit
+def _kept(norm, c):
+    """The share of a filter that the radial shrink leaves: max(1 − c/‖w_n‖₂, 0), all if it is not finite."""
+    return tl.where(norm <= c, 0.0, tl.where((norm > 0) & _finite(norm), 1 - _divide(c, norm), 1.0))
+
+
+@triton.jit
 def _measure_tile(
     tile, to, FLAGS: tl.constexpr,
     ALIGNED: tl.constexpr, FILTERS: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr,
@@ -192,13 +198,13 @@ def _shrink_tile(
     c = (tl.load(coefficients + n, mask=n < filters, other=0.0) * by)[:, None]
     acts = c != 0
     if RADIAL:
-        c *= _inverse(_norms(p, acts, size, LANES, ACC))
+        kept = _kept(_norms(p, acts, size, LANES, ACC)[:, None], c)
     for start in range(0, size, LANES):
         i = start + tl.arange(0, LANES)[None, :]
         inside = acts & (i < size)
         w = tl.load(p + i, mask=inside, other=0.0).to(ACC)
         if RADIAL:
-            w *= _positive_part(1 - c)
+            w *= kept
         else:
             w = _sgn(w).to(ACC) * _positive_part(tl.abs(w) - c)
         tl.store(p + i, w.to(DTYPE), mask=inside)

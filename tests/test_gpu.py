@@ -159,6 +159,12 @@ def test_pull_and_shrink_against_float64(backend, dtype, shift, radial):
             assert ((exactly(got) - want).abs() <= allowed).all()
 
 
+def test_a_radial_shrink_ends_at_zero(backend):
+    weight = torch.full((3, 7), 1e-25, device=DEVICE)
+    backend.shrink(rows_of([weight]), torch.full((3,), 0.1, device=DEVICE), rates=[0.1], radial=True)
+    assert not weight.any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_norms(backend, dtype):
     weights = [w for w in tensors(SHAPES, dtype) if w.numel()]

@@ -270,6 +270,23 @@ def test_a_radial_pull_at_the_smallest_numbers_stays_finite(backend):
     assert torch.equal(grad, torch.ones(3, 1))
 
 
+def test_a_radial_shrink_ends_at_zero(backend):
+    """Also where the squares of the weights are too small for a number, and their norm is 0."""
+    weight = torch.full((3, 7), 1e-25)
+    weight[1] *= -1
+    weight[2] = 0
+    backend.shrink(rows_of(weight), torch.full((3,), 0.1), rates=[0.1], radial=True)
+    assert torch.equal(weight, torch.zeros(3, 7))
+
+
+@pytest.mark.parametrize("radial", [False, True])
+def test_shrink_leaves_the_others_of_a_filter_that_is_not_finite(backend, radial):
+    weight = torch.tensor([[1.0, torch.nan], [2.0, torch.inf]])
+    backend.shrink(rows_of(weight), torch.full((2,), 0.5), rates=[1.0], radial=radial)
+    left = [[1.0, torch.nan], [2.0, torch.inf]] if radial else [[0.5, torch.nan], [1.5, torch.inf]]
+    torch.testing.assert_close(weight, torch.tensor(left), rtol=0, atol=0, equal_nan=True)
+
+
 def test_nothing_is_written_beside_the_gradient(backend, dtype):
     buffer = torch.full((3, 4, 9), 7.0, dtype=dtype)
     grad = buffer[1]

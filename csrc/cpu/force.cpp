@@ -216,13 +216,19 @@ void pull_filter(const Row& row, int64_t n, acc_of<scalar_t> c, bool radial) {
     update_filter<scalar_t>(row, n, [f = c / norm](acc_t g, acc_t w) { return g + f * w; });
 }
 
+// The share of a filter that the radial shrink leaves: max(1 − c/‖w_n‖₂, 0), all of one that is not finite.
+template <typename acc_t>
+acc_t kept_of(acc_t norm, acc_t c) {
+  if (norm <= c) return 0;
+  return norm > 0 && std::isfinite(norm) ? 1 - c / norm : acc_t(1);
+}
+
 template <typename scalar_t>
 void shrink_filter(const Row& row, int64_t n, acc_of<scalar_t> c, bool radial) {
   using acc_t = acc_of<scalar_t>;
   auto* w = filter<scalar_t>(row.target, n, row.size);
   if (c == 0) return;
-  const auto norm = radial ? norm_of(w, row.size) : acc_t(0);
-  const auto kept = norm > 0 && std::isfinite(norm) ? std::max(1 - c / norm, acc_t(0)) : acc_t(1);
+  const auto kept = radial ? kept_of(norm_of(w, row.size), c) : acc_t(0);
   for (int64_t i = 0; i < row.size; ++i) {
     const auto x = static_cast<acc_t>(w[i]);
     w[i] = static_cast<scalar_t>(radial ? x * kept : sgn(x) * std::max(std::abs(x) - c, acc_t(0)));

@@ -207,10 +207,17 @@ __device__ void pull_filter(const Tile& tile, acc_of<scalar_t> c, bool radial) {
   });
 }
 
+// The share of a filter that the radial shrink leaves: max(1 − c/‖w_n‖₂, 0), all of one that is not finite.
+template <typename acc_t>
+__device__ acc_t kept_of(acc_t norm, acc_t c) {
+  if (norm <= c) return 0;
+  return norm > 0 && isfinite(norm) ? 1 - c / norm : acc_t(1);
+}
+
 template <bool aligned, typename scalar_t>
 __device__ void shrink_filter(const Tile& tile, acc_of<scalar_t> c, bool radial) {
   using acc_t = acc_of<scalar_t>;
-  const auto kept = radial ? positive_part(1 - c * inverse_norm<aligned, scalar_t>(tile)) : acc_t(0);
+  const auto kept = radial ? kept_of(norm_of<aligned, scalar_t>(tile), c) : acc_t(0);
   auto* weight = tile.filter<scalar_t>(tile.weight);
   each_vector<scalar_t>(tile, [&](int i, int) {
     auto w = load<aligned>(weight, i, tile.size);
