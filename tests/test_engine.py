@@ -188,6 +188,18 @@ def test_the_log_counts_dead_filters_and_the_macs_without_them():
     assert engine.evaluate(small, run.data.test)[1] == engine.evaluate(run.model, run.data.test)[1]
 
 
+def test_dead_filters_that_cannot_be_removed_do_not_end_a_training(monkeypatch, caplog):
+    """The log keeps the last count, and says so."""
+
+    def refuse(*_, **__):
+        raise efreg.PruningError("no")
+
+    monkeypatch.setattr(efreg, "prune", refuse)
+    rows = list(engine.Run(settings(**LADDER)).epochs())
+    assert {row["dead"] for row in rows} == {0}
+    assert "dead filters and MACs are shown as they were before: no" in caplog.messages
+
+
 @pytest.mark.parametrize(
     "schedule, until, expected",
     [
@@ -543,8 +555,9 @@ def test_weights_that_do_not_fit(tmp_path):
         engine.Run(settings(weights=str(path)))
 
 
+@pytest.mark.parametrize("force", [{}, {"law": "ladder", "alpha": 8.0, "scope": "filter"}], ids=str)
 @pytest.mark.parametrize("step", [3, 5], ids=["first step", "last step"])
-def test_a_loss_that_is_not_finite_ends_the_run(step, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_ends_the_run(step, force, tmp_path, monkeypatch):
     """The epoch is named, also where its last step alone went wrong; the checkpoint before it stays."""
     good, count = engine.train_step, iter(range(100))
 
@@ -556,7 +569,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(step, tmp_path, monkeypatch):
 
     monkeypatch.setattr(engine, "train_step", poisoned)
     with pytest.raises(engine.Diverged, match="the loss is not finite in epoch 2: lower --lr or --alpha"):
-        train(settings(), tmp_path)
+        train(settings(**force), tmp_path)
     checkpoint = checkpoints.load(tmp_path / "checkpoint.pt")
     assert checkpoint.epoch == 1
     assert all(value.isfinite().all() for value in checkpoint.weights.values())
@@ -580,6 +593,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(step, tmp_path, monkeypatch):
         ({"law": "ladder", "power": -2.0}, "power is -2.0"),
         ({"scope": "all"}, "unknown scope 'all': there are weights, filter"),
         ({"alpha_schedule": "sine"}, "'sine': there are constant, warmup, linear, cosine"),
+        ({"alpha_until": 0.5}, "a constant alpha has no end: name an --alpha-schedule, or drop --alpha-u"),
         ({"alpha_until": 0.0}, "alpha_until is 0.0: it is a share of the training, in .0, 1.$"),
         ({"precision": "float8"}, "unknown precision 'float8': there are float32, bfloat16, auto"),
         ({"lr": -1.0}, "-1"),

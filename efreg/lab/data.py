@@ -92,8 +92,15 @@ def hold_out(data: Data, count: int) -> Data:
     left to train on, or the images are not held in memory.
     """
     images = data.train
-    if not isinstance(images, InMemory) or not 0 < count < len(images):
-        raise ValueError(f"cannot hold out {count} of {len(images)} training images of this data set")
+    if not isinstance(images, InMemory):
+        raise ValueError(
+            "image folders hold nothing out: drop --held-out, or move images from train/ to val/"
+        )
+    if not 0 < count < len(images):
+        raise ValueError(
+            f"cannot hold out {count} of {len(images)} training images: --held-out must be from 1 to "
+            f"{len(images) - 1}"
+        )
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(images.labels.device)
     return Data(data.info, images.only(order[count:]), images.only(order[:count]))
 

@@ -1,5 +1,6 @@
 """The training engine: SGD with momentum and a force, resumable to the last bit."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ import efreg
 from efreg.lab import checkpoints, data, models
 from efreg.lab.checkpoints import Checkpoint, Settings
 from efreg.lab.logs import Row
+
+logger = logging.getLogger("efreg")
 
 NEAR_ZERO = 0.01
 """A filter is near zero when its magnitude is at most this share of its layer's largest."""
@@ -115,9 +118,9 @@ class Run:
                 self.model, self.optimizer, self.data.train, self.settings, epoch, tick, self.dtype
             )
             test_loss, test_accuracy = evaluate(self.model, self.data.test, dtype=self.dtype)
-            dead, macs = self._remains.now()
             if not (math.isfinite(loss) and math.isfinite(test_loss)):
                 raise Diverged(f"the loss is not finite in epoch {epoch + 1}: lower --lr or --alpha")
+            dead, macs = self._remains.now()
             row = {
                 "epoch": epoch + 1,
                 "loss": loss,
@@ -249,26 +252,27 @@ def near_zero(force: efreg.Attachment) -> int:
 
 
 class _Remains:
-    """How much of a model is left without its dead filters, pruned and counted when their number changes."""
+    """What is left of a model without its dead filters, counted anew when its planned layers' change."""
 
     def __init__(self, model: nn.Module, plan: efreg.Plan, example: Tensor):
         self._model, self._plan, self._example = model, plan, example[:1]
-        self._dead, self._macs = 0, efreg.macs(model, self._example)
+        self._seen, self._counts = {name: [] for name in plan}, (0, efreg.macs(model, self._example))
 
     def now(self) -> tuple[int, int]:
-        """Dead filters of the planned layers, and the MACs of an image that remain without them."""
-        dead = sum(map(len, self._plan.dead(self._model).values()))
-        if dead != self._dead:
-            self._dead, self._macs = (
-                dead,
-                efreg.macs(_without_dead(self._model, self._example), self._example),
-            )
-        return self._dead, self._macs
+        """The dead filters of the whole model, and the MACs of an image that remain without them."""
+        seen = self._plan.dead(self._model)
+        if seen != self._seen:
+            self._seen, self._counts = seen, self._count()
+        return self._counts
 
-
-def _without_dead(model: nn.Module, example: Tensor) -> nn.Module:
-    dead = efreg.plan(model, dead=True, example_inputs=example)
-    return efreg.prune(model, dead, example_inputs=example)
+    def _count(self) -> tuple[int, int]:
+        dead = efreg.plan(self._model, dead=True, example_inputs=self._example)
+        try:
+            small = efreg.prune(self._model, dead, example_inputs=self._example)
+        except efreg.PruningError as error:
+            logger.warning("dead filters and MACs are shown as they were before: %s", error)
+            return self._counts
+        return sum(layer.removed for layer in dead.layers), efreg.macs(small, self._example)
 
 
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:
@@ -327,6 +331,8 @@ def check(settings: Settings) -> None:
         raise ValueError(f"unknown schedule of alpha {settings.alpha_schedule!r}: there are {known}")
     if not 0 < settings.alpha_until <= 1:
         raise ValueError(f"alpha_until is {settings.alpha_until}: it is a share of the training, in (0, 1]")
+    if settings.alpha_until < 1 and settings.alpha_schedule == "constant":
+        raise ValueError("a constant alpha has no end: name an --alpha-schedule, or drop --alpha-until")
     if settings.precision not in PRECISIONS:
         raise ValueError(f"unknown precision {settings.precision!r}: there are {', '.join(PRECISIONS)}")
     for name in ("epochs", "batch_size"):

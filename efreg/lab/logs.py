@@ -41,10 +41,11 @@ class Log:
 
 
 def write_csv(path: str | Path, rows: Iterable[dict]) -> None:
-    """Rows with the same keys, the first row's keys as the header."""
+    """Rows under the names of all their keys; what a row lacks is left empty."""
     rows = list(rows)
+    names = dict.fromkeys(name for row in rows for name in row)
     with replacing(path, "w") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=list(names))
         writer.writeheader()
         writer.writerows(rows)
 

@@ -56,10 +56,10 @@ def _train(run: engine.Run, out: Path, path: Path, console: Console) -> None:
         for row in run.epochs(lambda: bar.advance(task)):
             checkpoints.save(run.checkpoint(), path)
             log.add(row)
-            bar.update(task, note=_note(row))
+            bar.update(task, note=_note(row, "held out" if run.settings.held_out else "test"))
 
 
-def _note(row: Row) -> str:
-    """What the progress bar says of an epoch."""
-    note = f"loss {row['loss']:.3f}, test {row['test_accuracy']:.1f} %, {row['near_zero']:.0f} near zero"
+def _note(row: Row, images: str) -> str:
+    """What the progress bar says of an epoch; `images` are those that its accuracy is of."""
+    note = f"loss {row['loss']:.3f}, {images} {row['test_accuracy']:.1f} %, {row['near_zero']:.0f} near zero"
     return f"{note}, {row['dead']:.0f} dead, {row['macs'] / 1e6:.1f} M MACs left"
