@@ -39,7 +39,8 @@ def _fail(message: str) -> int:
 
 
 def _interrupted(arguments: argparse.Namespace) -> int:
-    remedy = f"; {_how_to_go_on(arguments.out)}" if arguments.run is _train else ""
+    remedies = {_train: _how_to_go_on, _paper: lambda _: "the same command goes on from here"}
+    remedy = f"; {remedies[arguments.run](arguments.out)}" if arguments.run in remedies else ""
     print(f"efreg: interrupted{remedy}", file=sys.stderr)
     return 130
 
@@ -146,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"efreg {efreg.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, run, options, summary, example in (
-        ("demo", _demo, _demo_options, "train, prune and compare on digits, in two minutes", "efreg demo"),
+        ("demo", _demo, _demo_options, "train, prune and compare on digits, in three minutes", "efreg demo"),
         ("train", _train, _train_options, "train a network with a force on its filters", TRAIN_EXAMPLES),
         ("prune", _prune, _prune_options, "remove filters from a trained network", PRUNE_EXAMPLES),
         ("sweep", _sweep, _sweep_options, "accuracy of a trained network at every ratio", SWEEP_EXAMPLES),

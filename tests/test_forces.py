@@ -4,6 +4,8 @@ import csv
 import io
 import shutil
 from dataclasses import asdict, replace
+from itertools import islice
+from math import nan
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 import efreg
-from efreg.lab import data, engine, forces, studies
+from efreg.lab import data, engine, figures, forces, studies, sweep
 from efreg.lab.checkpoints import Settings
 from efreg.lab.forces import RATIOS, Result
 from efreg.lab.studies import Candidate, Study, Way
@@ -78,15 +80,23 @@ def test_a_row_is_what_a_run_by_hand_gives(studied):
         assert row.accuracy == engine.evaluate(small, data.load("digits").test)[1]
         assert row.chosen_by == engine.evaluate(small, trained.data.test)[1]
         assert row.macs == efreg.macs(small, torch.zeros(1, 1, 8, 8))
+        efreg.recalibrate(small, islice(trained.data.train.batches(250), sweep.STATISTICS_BATCHES))
+        assert row.recalibrated == engine.evaluate(small, data.load("digits").test)[1]
+        dead = efreg.plan(trained.model, dead=True, example_inputs=torch.zeros(2, 1, 8, 8))
+        assert row.dead == sum(layer.removed for layer in dead.layers)
+        alive = efreg.prune(trained.model, dead, example_inputs=torch.zeros(2, 1, 8, 8))
+        assert row.macs_without == efreg.macs(alive, torch.zeros(1, 1, 8, 8))
     assert len(trained.data.test) == 40
+    assert max(r.dead for r in results.values()) > 20
 
 
 def test_what_is_there_is_not_run_again(studied, monkeypatch):
     out, _ = studied
-    before = (out / "forces-tiny.csv").read_bytes()
+    before = [path.read_bytes() for path in (out / "forces-tiny.csv", out / "forces-tiny.md")]
     monkeypatch.setattr(engine, "train_epoch", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(efreg, "report", lambda *_, **__: pytest.fail("measured again"))
     run(out)
-    assert (out / "forces-tiny.csv").read_bytes() == before
+    assert [path.read_bytes() for path in (out / "forces-tiny.csv", out / "forces-tiny.md")] == before
 
 
 def test_an_interrupted_study_goes_on_with_its_epoch(studied, tmp_path, monkeypatch):
@@ -111,33 +121,113 @@ def test_an_interrupted_study_goes_on_with_its_epoch(studied, tmp_path, monkeypa
     assert runs == [(0, 0), (0, 1), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
     rows = [(folder / "forces-tiny.csv").read_text() for folder in (tmp_path / "whole", tmp_path / "broken")]
     assert rows[0] == rows[1]
-    assert not (tmp_path / "broken" / "tiny" / "interrupted.pt").exists()
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_study_interrupted_between_cuts_trains_nothing_again(studied, tmp_path, monkeypatch):
+    """Broken off after the last epoch of a run, before its rows are written."""
+    one = replace(TINY, candidates=TINY.candidates[:1])
+    monkeypatch.setitem(studies.STUDIES, "tiny", one)
+    good = forces.sweep
+    monkeypatch.setattr(forces, "sweep", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    monkeypatch.setattr(forces, "sweep", good)
+    monkeypatch.setattr(engine, "train_epoch", lambda *_: pytest.fail("trained again"))
+    run(tmp_path)
+    expected = [r for r in forces.read(studied[0] / "forces-tiny.csv") if r.alpha == 0]
+    assert forces.read(tmp_path / "forces-tiny.csv") == expected
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_other_settings_are_other_runs(studied, tmp_path, monkeypatch):
+    """Rows of one learning rate are not taken for those of another, nor its first weights."""
+    shutil.copytree(studied[0], tmp_path / "out")
+    monkeypatch.setitem(studies.STUDIES, "tiny", replace(TINY, base=replace(TINY.base, lr=0.01)))
+    run(tmp_path / "out")
+    rows = [forces.read(folder / "forces-tiny.csv") for folder in (studied[0], tmp_path / "out")]
+    assert all(old.accuracy != new.accuracy for old, new in zip(*rows, strict=True) if not old.ratio)
+
+
+@pytest.mark.parametrize(
+    "change, same",
+    [
+        ({"data": "elsewhere"}, True),
+        ({"device": "auto", "precision": "auto"}, True),
+        ({"epochs": 2}, False),
+        ({"alpha": 0.2}, False),
+        ({"alpha_schedule": "cosine"}, False),
+        ({"held_out": 10}, False),
+        ({"precision": "bfloat16"}, False),
+        ({"weights": "start-1.safetensors"}, False),
+        ({"weights": "there/start-0.safetensors"}, True),
+    ],
+    ids=str,
+)
+def test_a_digest_is_of_what_decides_the_weights(change, same, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(engine, "has_bfloat16", lambda _: False)
+    settings = Settings(device="cpu", data="here", weights="here/start-0.safetensors", alpha=0.1)
+    assert (forces.digest(replace(settings, **change)) == forces.digest(settings)) == same
+
+
+def test_a_candidate_that_diverges_is_named_and_the_rest_goes_on(tmp_path, monkeypatch):
+    """It is chosen only where nothing else is there, and no point of the picture is its."""
+    wild, good = Candidate(Way(studies.L1), 0.3, seeds=1), engine.train_epoch
+    monkeypatch.setitem(studies.STUDIES, "tiny", replace(TINY, candidates=(wild, TINY.candidates[0])))
+    monkeypatch.setattr(
+        engine,
+        "train_epoch",
+        lambda *given: (nan, 10.0) if given[3].law == "l1" else good(*given),
+    )
+    printed = run(tmp_path)
+    assert "L1, weights, gradient, α = 0.3, seed 0: diverged" in printed
+    table = (tmp_path / "forces-tiny.md").read_text(encoding="utf-8")
+    assert f"| L1 | weights | gradient | 0.3 | 1 | {'diverged | ' * 7}0 | 0.0 |" in table
+    assert "| no force |" in table
+
+
+@pytest.mark.parametrize("damage", ["", "force,scope\nL1,weights\n", "half"])
+def test_a_damaged_result_is_named(studied, tmp_path, damage):
+    shutil.copytree(studied[0], tmp_path / "out")
+    path = next((tmp_path / "out" / "tiny").glob("ladder*.csv"))
+    whole = path.read_text()
+    path.write_text(whole[: len(whole) // 2] if damage == "half" else damage)
+    with pytest.raises(ValueError, match=f"{path} is .*: remove it, and its run is done again"):
+        run(tmp_path / "out")
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(forces, "sweep", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    (path,) = tmp_path.rglob("*.pt")
+    path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=f"{path} is damaged: remove it, and its run begins anew"):
+        run(tmp_path)
+
+
+def test_no_seeds_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="seeds is 0: it must be at least 1"):
+        forces.run(tmp_path, seeds=0, console=Console(file=io.StringIO()))
+
+
+def test_missing_weights_are_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(studies.STUDIES, "tiny", replace(TINY, start_epochs=0, weights="weights/x.th"))
+    with pytest.raises(FileNotFoundError, match="no weights/x.th in there: put the public weights of"):
+        run(tmp_path, data_folder="there")
 
 
 def results(force, alpha, chosen_by, accuracy, seeds=(0, 1), scope="filter"):
     """Results of seeds that lie one point above and below the accuracy."""
-    figures = zip(RATIOS, chosen_by, accuracy, strict=True)
-    return [
-        Result(
-            force,
-            scope,
-            "proximal",
-            alpha,
-            seed,
-            ratio,
-            by,
-            a + (1, -1)[seed],
-            90.0,
-            100,
-            3,
-            80,
-            60,
-            "x",
-            "y",
-        )
-        for ratio, by, a in figures
+    same = {"recalibrated": 90.0, "macs": 100, "dead": 3, "macs_without": 80, "epochs": 60}
+    same.update(dtype="x", device="y")
+    found = [
+        Result(force, scope, "proximal", alpha, seed, ratio, by, a + (1, -1)[seed], **same)
+        for ratio, by, a in zip(RATIOS, chosen_by, accuracy, strict=True)
         for seed in seeds
     ]
+    return sorted(found, key=lambda r: (r.seed, r.ratio))
 
 
 def test_the_strength_is_chosen_on_held_out_images():
@@ -147,9 +237,31 @@ def test_the_strength_is_chosen_on_held_out_images():
         *results("ladder", 0.3, [50, 20, 20, 20, 20, 20, 20], [60] * 7),
         *results("L1", 0.2, [0] * 7, [30] * 7),
     ]
-    best = forces.best(forces.lines(found))
+    best = [b.line for b in forces.best(forces.lines(found))]
     assert [(line.way[0], line.alpha) for line in best] == [("ladder", 0.3), ("L1", 0.2)]
     assert best[0].accuracy == tuple([(60, pytest.approx(2**0.5))] * 7)
+
+
+def test_strengths_are_compared_on_the_seeds_that_all_of_them_have():
+    """A seed that only one strength was tried from says nothing about which is better."""
+    found = [
+        *results("ladder", 0.1, [50] * 7, [60] * 7, seeds=(0,)),
+        *results("ladder", 0.1, [0] * 7, [60] * 7, seeds=(1,)),
+        *results("ladder", 0.3, [40] * 7, [60] * 7, seeds=(0,)),
+    ]
+    (best,) = forces.best(forces.lines(found))
+    assert best.line.alpha == 0.1
+
+
+@pytest.mark.parametrize("kept, end", [((30, 20, 10), "↓"), ((10, 30, 20), ""), ((10, 20, 30), "↑")])
+def test_a_strength_at_the_end_of_those_tried_is_marked(kept, end):
+    strengths = zip((0.1, 0.2, 0.3), kept, strict=True)
+    found = [r for alpha, by in strengths for r in results("ladder", alpha, [by] * 7, [60] * 7)]
+    (best,) = forces.best(forces.lines(found))
+    assert best.end == end
+
+
+LATENCIES = [forces.Latency(ratio, 1.5 - place / 10, "cpu", 2) for place, ratio in enumerate(RATIOS)]
 
 
 def test_the_table_shows_means_and_deviations():
@@ -157,28 +269,50 @@ def test_the_table_shows_means_and_deviations():
         *results("ladder", 0.3, [20] * 7, [98, 97, 96, 95, 94, 93, 92]),
         *results("no force", 0.0, [20] * 7, [98, 50, 40, 30, 20, 10, 9], seeds=(0,)),
     ]
-    lines = forces.tables(TINY, found, [1.5, 1.4, 1.3, 1.2, 1.1, 1.0, 0.9]).splitlines()
+    lines = forces.tables(TINY, found, LATENCIES).splitlines()
     assert lines[0].startswith("### resnet14 on digits, 1 epoch, x on y")
     cells = " | ".join(f"{mean}.0 ± 1.4" for mean in (98, 97, 96, 95, 94, 93, 92))
-    assert f"| ladder | filter | proximal | 0.3 | 2 | {cells} | 3 |" in lines
-    assert "| no force |  |  |  | 1 | 99.0 | 51.0 | 41.0 | 31.0 | 21.0 | 11.0 | 10.0 | 3 |" in lines
-    assert (
-        "| latency of one image, ms |  |  |  |  | 1.50 | 1.40 | 1.30 | 1.20 | 1.10 | 1.00 | 0.90 |  |"
-        in lines
-    )
+    assert f"| ladder | filter | proximal | 0.3 | 2 | {cells} | 3 | 0.0 |" in lines
+    assert "| no force |  |  |  | 1 | 99.0 | 51.0 | 41.0 | 31.0 | 21.0 | 11.0 | 10.0 | 3 | 0.0 |" in lines
+    times = "1.50 | 1.40 | 1.30 | 1.20 | 1.10 | 1.00 | 0.90"
+    assert f"| ms an image (float32, cpu, 2 threads) |  |  |  |  | {times} |  |  |" in lines
+
+
+def test_every_point_is_in_the_picture(tmp_path, monkeypatch):
+    """Also those that were not chosen, and lie far off."""
+    drawn = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
+    points = [
+        figures.Point("no force", "weights", "gradient", 98.0, 30.0, True),
+        figures.Point("ladder", "filter", "proximal", 40.0, 12.0, False),
+        figures.Point("L1", "weights", "gradient", 99.0, 99.0, True),
+    ]
+    figures.draw_trade(tmp_path / "x.png", points, "title", "subtitle")
+    (ax,) = drawn[0].axes
+    shown = [tuple(mark.get_offsets()[0]) for mark in ax.collections]
+    assert shown == [(p.before, p.after) for p in points]
+    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    assert all(left < x < right and bottom < y < top for x, y in shown)
+
+
+def test_every_force_has_a_colour():
+    forces_of_all = {c.way.force.name for study in studies.STUDIES.values() for c in study.candidates}
+    assert forces_of_all <= set(figures.COLORS)
+    assert len(set(figures.COLORS.values())) == len(figures.COLORS)
 
 
 def test_it_prints_what_it_writes(studied):
     out, printed = studied
-    for line in (out / "forces-tiny.md").read_text().splitlines():
-        assert line in printed or line.startswith("| latency"), line  # measured anew each time
+    for line in (out / "forces-tiny.md").read_text(encoding="utf-8").splitlines():
+        assert line in printed
     with Image.open(out / "forces-tiny.png") as picture:
         assert picture.format == "PNG" and min(picture.size) >= 1000
 
 
-def test_no_two_runs_share_a_file(tmp_path):
+def test_no_two_runs_share_a_file():
     for study in studies.STUDIES.values():
-        files = [forces._file(tmp_path, c, seed) for c in study.candidates for seed in range(c.seeds)]
+        runs = [(c, c.settings(study.base, seed)) for c in study.candidates for seed in range(c.seeds)]
+        files = [forces._stem(*run) for run in runs]
         assert len(set(files)) == len(files), study.name
 
 

@@ -26,7 +26,7 @@ TIMED_STEPS = 40
 
 
 @dataclass(frozen=True)
-class Force:
+class Contender:
     """A way to train on: its name in the table, and what `efreg.attach` is given; None attaches nothing."""
 
     name: str
@@ -39,16 +39,16 @@ FIGURES = {"accuracy": "right after pruning", "recalibrated": "batch-norm statis
 WHOLE = ", whole filter"
 """What the names of forces on the whole filter end with."""
 
-NO_FORCE, L1, LADDER = "no force", "L1", f"ladder{WHOLE}"
-FORCES = (
-    Force(NO_FORCE, None),
-    Force(L1, {"law": "l1", "alpha": 3e-2}),
-    Force("electrostatic, each step", {"alpha": 1e-11, "refresh": 1}),
-    Force("electrostatic, proximal", {"alpha": 1e-11, "update": "proximal"}),
-    Force("electrostatic, once", {"alpha": 1e-11}),
-    Force(f"L1{WHOLE}", {"law": "l1", "alpha": 1e-2, "scope": "filter"}),
-    Force(f"electrostatic{WHOLE}", {"alpha": 3e-11, "scope": "filter"}),
-    Force(LADDER, {"law": "ladder", "alpha": 1e-1, "scope": "filter", "update": "proximal"}),
+NO_FORCE, L1 = "no force", "L1"
+CONTENDERS = (
+    Contender(NO_FORCE, None),
+    Contender(L1, {"law": "l1", "alpha": 3e-2}),
+    Contender("electrostatic, each step", {"alpha": 1e-11, "refresh": 1}),
+    Contender("electrostatic, proximal", {"alpha": 1e-11, "update": "proximal"}),
+    Contender("electrostatic, once", {"alpha": 1e-11}),
+    Contender(f"L1{WHOLE}", {"law": "l1", "alpha": 1e-2, "scope": "filter"}),
+    Contender(f"electrostatic{WHOLE}", {"alpha": 3e-11, "scope": "filter"}),
+    Contender(f"ladder{WHOLE}", {"law": "ladder", "alpha": 1e-1, "scope": "filter", "update": "proximal"}),
 )
 """On the weights, as the paper has it: electrostatic force with charges at both readings, beside L1 at its
 best α here; then on all that removal takes from a filter. Where nothing is said charges are taken once."""
@@ -64,7 +64,7 @@ def run(out: str | Path, *, seed: int = 0, epochs: int = 60, console: Console) -
     images = data.load("digits")
     with progress(console) as bar:
         start = _start(settings, images, bar)
-        networks = {force.name: _train_on(start, force, settings, images, bar) for force in FORCES}
+        networks = {force.name: _train_on(start, force, settings, images, bar) for force in CONTENDERS}
         step_times = _step_times(start, settings, images, bar)
         sweeps = {name: _sweep(name, network, images, bar) for name, network in networks.items()}
     _save(out / "models", networks, images)
@@ -107,7 +107,7 @@ def _start(settings: Settings, images: data.Data, bar) -> nn.Module:
     return model
 
 
-def _train_on(start: nn.Module, force: Force, settings: Settings, images: data.Data, bar) -> nn.Module:
+def _train_on(start: nn.Module, force: Contender, settings: Settings, images: data.Data, bar) -> nn.Module:
     model = copy.deepcopy(start)
     attached = _attach(model, force, images)
     _train(model, Settings(**{**vars(settings), "seed": settings.seed + 1}), images, bar, force.name)
@@ -125,7 +125,7 @@ def _train(model: nn.Module, settings: Settings, images: data.Data, bar, name: s
     bar.update(task, note=f"{engine.evaluate(model, images.test)[1]:.1f} %")
 
 
-def _attach(model: nn.Module, force: Force, images: data.Data) -> efreg.Attachment | None:
+def _attach(model: nn.Module, force: Contender, images: data.Data) -> efreg.Attachment | None:
     """The force on the layers that will be pruned, as in the paper."""
     if force.options is None:
         return None
@@ -134,15 +134,15 @@ def _attach(model: nn.Module, force: Force, images: data.Data) -> efreg.Attachme
 
 
 def _step_times(start: nn.Module, settings: Settings, images: data.Data, bar) -> dict[str, float]:
-    task = bar.add_task("timing training steps", total=len(FORCES), note="")
+    task = bar.add_task("timing training steps", total=len(CONTENDERS), note="")
     times = {}
-    for force in FORCES:
+    for force in CONTENDERS:
         times[force.name] = _step_time(start, force, settings, images)
         bar.advance(task)
     return times
 
 
-def _step_time(start: nn.Module, force: Force, settings: Settings, images: data.Data) -> float:
+def _step_time(start: nn.Module, force: Contender, settings: Settings, images: data.Data) -> float:
     """The median ratio of a training step with the force to one without, timed in turns."""
     if force.options is None:
         return 1.0
@@ -183,10 +183,9 @@ def _save(folder: Path, networks: Mapping[str, nn.Module], images: data.Data) ->
 
 def _draw(path: Path, sweeps: Mapping[str, Sequence[Cut]], epochs: int) -> None:
     def curves(figure: str) -> list[figures.Curve]:
-        return [
-            figures.Curve(name, [getattr(cut, figure) for cut in cuts], strong=name == LADDER)
-            for name, cuts in sweeps.items()
-        ]
+        kept = {name: [getattr(cut, figure) for cut in cuts] for name, cuts in sweeps.items()}
+        flattest = min(kept, key=lambda name: kept[name][0] - statistics.mean(kept[name]))
+        return [figures.Curve(name, values, strong=name == flattest) for name, values in kept.items()]
 
     figures.draw_panels(
         path,

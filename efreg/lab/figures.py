@@ -51,17 +51,29 @@ def draw_panels(
 
 @dataclass(frozen=True)
 class Point:
-    """A network of the trade-off: what force it was trained with, what that acted on, what it keeps."""
+    """A network of the trade-off: what force it was trained with, what that acted on, how; what it keeps."""
 
     label: str
     scope: str
+    update: str
     before: float
     after: float
     chosen: bool
 
 
 MARKERS = {"weights": "o", "filter": "D"}
-"""By what a force acts on."""
+"""By what a force acts on; filled under the proximal update, hollow under the gradient's."""
+
+COLORS = {
+    "no force": "#222222",
+    "L1": "#c8641b",
+    "group lasso": "#e0a458",
+    "electrostatic, once": "#1b5e9e",
+    "electrostatic, each step": "#5aa0d6",
+    "ladder": "#16836b",
+    "ladder, p = 4": "#7a4fa3",
+}
+"""Of each force in every trade-off."""
 
 
 def draw_trade(path: str | Path, points: Sequence[Point], title: str, subtitle: str) -> None:
@@ -71,33 +83,54 @@ def draw_trade(path: str | Path, points: Sequence[Point], title: str, subtitle: 
     ax = figure.subplots()
     figure.subplots_adjust(left=0.08, right=0.73, top=0.86, bottom=0.09)
     ax.plot([0, 100], [0, 100], color=GRID, linewidth=2, zorder=0)
-    colors = dict(zip(dict.fromkeys(point.label for point in points), PALETTE * len(points)))
     for point in points:
-        ax.scatter(
-            point.before,
-            point.after,
-            s=90 if point.chosen else 22,
-            marker=MARKERS[point.scope],
-            color=colors[point.label],
-            alpha=1 if point.chosen else 0.55,
-            linewidths=0,
-        )
-    low = min(point.before for point in points if point.chosen) - 2
+        ax.scatter(point.before, point.after, **_style(point))
+    low = min(point.before for point in points) - 2
     ax.set(xlim=(low, 100.5), ylim=(0, 102))
     ax.set_xlabel("accuracy before pruning (%)", color=MUTED)
     ax.set_ylabel("accuracy right after removing half of the filters (%)", color=MUTED)
     _plain(ax)
-    _legend(figure, colors)
+    _legend(figure, points)
     figure.text(0.08, 0.945, title, size=15, weight="bold", color=INK)
     figure.text(0.08, 0.9, subtitle, size=10.5, color=MUTED)
     figure.savefig(path, dpi=160)
 
 
-def _legend(figure: Figure, colors: dict[str, str]) -> None:
-    entries = [Line2D([], [], color=c, marker="s", linestyle="", label=label) for label, c in colors.items()]
+def _style(point: Point) -> dict:
+    """How a point is drawn: a cross without a force."""
+    color, size = COLORS[point.label], 90 if point.chosen else 24
+    if point.label == "no force":
+        return {"s": size, "marker": "x", "color": color, "linewidths": 2}
+    return {
+        "s": size,
+        "marker": MARKERS[point.scope],
+        "facecolors": color if point.update == "proximal" else "none",
+        "edgecolors": color,
+        "linewidths": 1.6 if point.chosen else 0.8,
+        "alpha": 1 if point.chosen else 0.6,
+    }
+
+
+def _legend(figure: Figure, points: Sequence[Point]) -> None:
+    present = [label for label in COLORS if label in {point.label for point in points}]
+    entries = [
+        Line2D(
+            [], [], color=COLORS[label], marker="x" if label == "no force" else "s", linestyle="", label=label
+        )
+        for label in present
+    ]
     entries += [
-        Line2D([], [], color=MUTED, marker=marker, linestyle="", label=f"acts on the {scope}")
+        Line2D(
+            [],
+            [],
+            color=MUTED,
+            marker=marker,
+            markerfacecolor=MUTED if update == "proximal" else "none",
+            linestyle="",
+            label=f"on the {scope}, {update}",
+        )
         for scope, marker in MARKERS.items()
+        for update in ("gradient", "proximal")
     ]
     entries.append(Line2D([], [], color=GRID, linewidth=2, label="nothing lost"))
     figure.legend(

@@ -32,6 +32,9 @@ class Way:
     scope: str = "weights"
     update: str = "gradient"
 
+    def __str__(self) -> str:
+        return f"{self.force.name}, {self.scope}, {self.update}"
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -40,6 +43,9 @@ class Candidate:
     way: Way
     alpha: float
     seeds: int = 3
+
+    def __str__(self) -> str:
+        return f"{self.way}, α = {self.alpha:g}"
 
     def settings(self, base: Settings, seed: int) -> Settings:
         """What trains it from this seed."""
@@ -52,7 +58,7 @@ class Study:
     """Candidates on one network and data set. What `base` says holds for all of them.
 
     start_epochs: of the training without a force that each seed's network starts from; 0 starts from random
-        weights, or from the file `weights` in the folder of the data.
+        weights, or from the file `weights` in the folder of the data, which is to be had from `weights_from`.
     """
 
     name: str
@@ -60,14 +66,21 @@ class Study:
     candidates: tuple[Candidate, ...]
     start_epochs: int = 0
     weights: str | None = None
+    weights_from: str = "https://github.com/akamaster/pytorch_resnet_cifar10"
 
 
 GRIDS: dict[Force, dict[str, tuple[float, ...]]] = {
-    L1: {"gradient": (3e-3, 1e-2, 3e-2, 1e-1), "proximal": (3e-2, 1e-1, 3e-1, 1.0)},
-    GROUP_LASSO: {"gradient": (1e-3, 3e-3, 1e-2, 3e-2), "proximal": (1e-2, 3e-2, 1e-1, 3e-1)},
-    ONCE: {"gradient": (1e-12, 3e-12, 1e-11, 3e-11), "proximal": (3e-12, 1e-11, 3e-11, 1e-10)},
-    EACH_STEP: {"gradient": (1e-14, 1e-13, 1e-12, 1e-11), "proximal": (1e-13, 1e-12, 1e-11, 1e-10)},
-    LADDER: {"gradient": (3e-3, 1e-2, 3e-2, 6e-2), "proximal": (3e-2, 1e-1, 3e-1, 1.0)},
+    L1: {"gradient": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), "proximal": (3e-2, 1e-1, 3e-1, 1.0, 3.0)},
+    GROUP_LASSO: {"gradient": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "proximal": (1e-2, 3e-2, 1e-1, 3e-1, 1.0)},
+    ONCE: {
+        "gradient": (1e-12, 3e-12, 1e-11, 3e-11, 1e-10),
+        "proximal": (3e-12, 1e-11, 3e-11, 1e-10, 3e-10, 1e-9),
+    },
+    EACH_STEP: {
+        "gradient": (1e-14, 1e-13, 1e-12, 1e-11, 1e-10),
+        "proximal": (1e-13, 1e-12, 1e-11, 1e-10, 1e-9),
+    },
+    LADDER: {"gradient": (3e-3, 1e-2, 3e-2, 6e-2, 2e-1), "proximal": (3e-2, 1e-1, 3e-1, 1.0, 3.0)},
 }
 """Strengths of the digits' study. Under momentum 0.9 a gradient pull acts ten times as a proximal step."""
 

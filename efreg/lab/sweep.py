@@ -5,10 +5,11 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 import efreg
 from efreg.lab import checkpoints, data, engine, figures
@@ -39,14 +40,24 @@ def sweep(
     *,
     skip: Sequence[str] = (),
     ratios: Iterable[float] = RATIOS,
+    dtype: torch.dtype = torch.float32,
     tick: Callable[[], None] = lambda: None,
 ) -> list[Cut]:
-    """The network cut at each of the ratios, every time from the whole one; `tick` is called after each."""
+    """The network cut at each of the ratios, every time from the whole one; `tick` is called after each.
+
+    dtype: what the networks compute in when they are evaluated.
+    """
     cuts = []
     for ratio in ratios:
-        cuts.append(_cut(model, images, ratio, skip))
+        cuts.append(_cut(model, images, ratio, skip, dtype))
         tick()
     return cuts
+
+
+def pruned(model: nn.Module, ratio: float, example: Tensor, skip: Sequence[str] = ()) -> nn.Module:
+    """The model without this share of the filters of each layer; itself it stays as it was."""
+    plan = efreg.plan(model, ratio=ratio, skip=skip, example_inputs=example)
+    return efreg.prune(model, plan, example_inputs=example)
 
 
 def rows(cuts: Iterable[Cut], **more) -> list[dict]:
@@ -126,12 +137,11 @@ def _draw(path: Path, cuts: Sequence[Cut], settings: Settings) -> None:
     )
 
 
-def _cut(model: nn.Module, images: data.Data, ratio: float, skip: Sequence[str]) -> Cut:
+def _cut(model: nn.Module, images: data.Data, ratio: float, skip: Sequence[str], dtype: torch.dtype) -> Cut:
     example = next(images.test.batches(2))[0]
-    plan = efreg.plan(model, ratio=ratio, skip=skip, example_inputs=example)
-    small = efreg.prune(model, plan, example_inputs=example)
-    accuracy = engine.evaluate(small, images.test)[1]
+    small = pruned(model, ratio, example, skip)
+    accuracy = engine.evaluate(small, images.test, dtype=dtype)[1]
     macs = efreg.macs(small, example[:1])
     efreg.recalibrate(small, islice(images.train.batches(250), STATISTICS_BATCHES))
-    recalibrated = engine.evaluate(small, images.test)[1]
+    recalibrated = engine.evaluate(small, images.test, dtype=dtype)[1]
     return Cut(ratio, accuracy, recalibrated, macs, sum(p.numel() for p in small.parameters()))
