@@ -94,7 +94,7 @@ def _results(study: Study, seeds: int, folder: Path, test: data.Images, console:
 def _stem(candidate: Candidate, settings: Settings) -> str:
     """What the files of a run are called: the candidate, the seed, and a digest of its settings."""
     name = f"{candidate} {settings.seed} {digest(settings)}"
-    return name.replace(",", "").replace("α = ", "").replace(" ", "-")
+    return name.replace(",", "").replace("α ", "").replace("= ", "").replace(" ", "-")
 
 
 def digest(settings: Settings) -> str:

@@ -112,14 +112,13 @@ MNIST = Study(
     ),
     (
         Candidate(Way(NO_FORCE), 0.0),
-        Candidate(Way(L1), 1e-3),
-        Candidate(Way(L1, "filter"), 1e-3),
-        Candidate(Way(ONCE), 1e-12),
-        Candidate(Way(ONCE, "filter"), 1e-12),
-        Candidate(Way(EACH_STEP), 1e-13),
-        Candidate(Way(LADDER), 3e-3),
-        Candidate(Way(LADDER, "filter"), 3e-3),
-        Candidate(Way(LADDER_4, "filter", "proximal"), 0.1),
+        Candidate(Way(L1), 5e-2),
+        Candidate(Way(L1, "filter"), 5e-3),
+        Candidate(Way(ONCE), 5e-12),
+        Candidate(Way(ONCE, "filter"), 1e-11),
+        Candidate(Way(EACH_STEP), 1e-12),
+        Candidate(Way(LADDER), 2e-2),
+        Candidate(Way(LADDER, "filter"), 5e-3),
     ),
 )
 CIFAR10 = Study(
