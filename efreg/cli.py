@@ -115,7 +115,7 @@ def _report(arguments: argparse.Namespace) -> None:
 def _paper(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from efreg.lab import forces
+    from efreg.lab.paper import forces
 
     forces.run(
         arguments.out,
@@ -252,7 +252,7 @@ def _report_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _paper_options(parser: argparse.ArgumentParser) -> None:
-    from efreg.lab.studies import STUDIES
+    from efreg.lab.paper.studies import STUDIES
 
     add = parser.add_argument
     add("what", choices=("forces",), help="forces: which force keeps most when filters are removed")

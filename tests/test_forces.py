@@ -13,10 +13,11 @@ from PIL import Image
 from rich.console import Console
 
 import efreg
-from efreg.lab import data, engine, figures, forces, studies, sweep
+from efreg.lab import data, engine, figures, sweep
 from efreg.lab.checkpoints import Settings
-from efreg.lab.forces import RATIOS, Result
-from efreg.lab.studies import Candidate, Study, Way
+from efreg.lab.paper import forces, studies
+from efreg.lab.paper.forces import RATIOS, Result
+from efreg.lab.paper.studies import Candidate, Study, Way
 
 LADDER = Way(studies.LADDER, "filter", "proximal")
 TINY = Study(

@@ -14,8 +14,8 @@ import efreg
 from efreg.lab import checkpoints, data, engine, figures
 from efreg.lab.checkpoints import Settings, replacing
 from efreg.lab.logs import progress, write_csv
-from efreg.lab.results import RATIOS, Best, Line, Result, best, lines, read
-from efreg.lab.studies import STUDIES, Candidate, Study
+from efreg.lab.paper.results import RATIOS, Best, Line, Result, best, lines, read
+from efreg.lab.paper.studies import STUDIES, Candidate, Study
 from efreg.lab.sweep import Cut, pruned, sweep
 
 LATENCY_REPEATS = 200
