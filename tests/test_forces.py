@@ -15,7 +15,7 @@ from rich.console import Console
 import efreg
 from efreg.lab import data, engine, figures, sweep
 from efreg.lab.checkpoints import Settings
-from efreg.lab.paper import forces, studies
+from efreg.lab.paper import forces, runs, studies
 from efreg.lab.paper.forces import RATIOS, Result
 from efreg.lab.paper.studies import Candidate, Study, Way
 
@@ -169,7 +169,7 @@ def test_a_digest_is_of_what_decides_the_weights(change, same, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(engine, "has_bfloat16", lambda _: False)
     settings = Settings(device="cpu", data="here", weights="here/start-0.safetensors", alpha=0.1)
-    assert (forces.digest(replace(settings, **change)) == forces.digest(settings)) == same
+    assert (runs.digest(replace(settings, **change)) == runs.digest(settings)) == same
 
 
 def test_a_candidate_that_diverges_is_named_and_the_rest_goes_on(tmp_path, monkeypatch):
@@ -194,7 +194,7 @@ def test_a_damaged_result_is_named(studied, tmp_path, damage):
     path = next((tmp_path / "out" / "tiny").glob("ladder*.csv"))
     whole = path.read_text()
     path.write_text(whole[: len(whole) // 2] if damage == "half" else damage)
-    with pytest.raises(ValueError, match=f"{path} is .*: remove it, and its run is done again"):
+    with pytest.raises(ValueError, match=f"{path} is .*: remove it, and it is made again"):
         run(tmp_path / "out")
 
 
@@ -312,8 +312,8 @@ def test_it_prints_what_it_writes(studied):
 
 def test_no_two_runs_share_a_file():
     for study in studies.STUDIES.values():
-        runs = [(c, c.settings(study.base, seed)) for c in study.candidates for seed in range(c.seeds)]
-        files = [forces._stem(*run) for run in runs]
+        planned = [(c, c.settings(study.base, seed)) for c in study.candidates for seed in range(c.seeds)]
+        files = [runs.stem(str(candidate), settings) for candidate, settings in planned]
         assert len(set(files)) == len(files), study.name
 
 

@@ -182,15 +182,18 @@ def _save(folder: Path, networks: Mapping[str, nn.Module], images: data.Data) ->
 
 
 def _draw(path: Path, sweeps: Mapping[str, Sequence[Cut]], epochs: int) -> None:
+    removed = [100 * ratio for ratio in RATIOS]
+
     def curves(figure: str) -> list[figures.Curve]:
         kept = {name: [getattr(cut, figure) for cut in cuts] for name, cuts in sweeps.items()}
         flattest = min(kept, key=lambda name: kept[name][0] - statistics.mean(kept[name]))
-        return [figures.Curve(name, values, strong=name == flattest) for name, values in kept.items()]
+        return [
+            figures.Curve(name, removed, values, strong=name == flattest) for name, values in kept.items()
+        ]
 
     figures.draw_panels(
         path,
-        RATIOS,
-        {heading: curves(figure) for figure, heading in FIGURES.items()},
+        [figures.Panel(heading, figures.REMOVED, curves(figure)) for figure, heading in FIGURES.items()],
         "What is left when filters are removed, without training again",
         f"ResNet-14 on scikit-learn's digits: trained, then {epochs} epochs with each force, then cut",
     )

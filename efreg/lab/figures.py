@@ -1,5 +1,6 @@
-"""Figures: accuracy against pruning ratio, and accuracy before against accuracy after."""
+"""Figures: curves in panels, and accuracy before pruning against accuracy after."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,42 +10,61 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+LEGEND_COLUMNS = 4
 INK, MUTED, GRID = "#222222", "#6b6b6b", "#e6e6e6"
 PALETTE = ("#8c8c8c", "#c8641b", "#1b5e9e", "#7a4fa3", "#5aa0d6", "#e0a458", "#c774b2", "#16836b")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a panel: accuracies in percent at the panel's ratios."""
+    """One line of a panel."""
 
     label: str
-    accuracy: Sequence[float]
+    x: Sequence[float]
+    y: Sequence[float]
     strong: bool = False
 
 
+@dataclass(frozen=True)
+class Panel:
+    """Curves over the same quantity, coloured by their place."""
+
+    heading: str
+    x_label: str
+    curves: Sequence[Curve]
+
+
+REMOVED = "filters removed in each pruned layer (%)"
+ACCURACY = "accuracy on the test images (%)"
+
+
 def draw_panels(
-    path: str | Path, ratios: Sequence[float], panels: dict[str, Sequence[Curve]], title: str, subtitle: str
+    path: str | Path, panels: Sequence[Panel], title: str, subtitle: str, *, y_label: str = ACCURACY
 ) -> None:
-    """Writes a PNG with one panel for each title of `panels`, curves coloured by their place in the panel."""
-    figure = Figure(figsize=(5.6 * max(2, len(panels)), 5.2), facecolor="white")
+    """Writes a picture, PNG or SVG as the path ends, of panels that share the y axis from 0 on."""
+    entries = max(len(panel.curves) for panel in panels)
+    rows = math.ceil(entries / LEGEND_COLUMNS)
+    height = 4.8 + 0.22 * rows
+    figure = Figure(figsize=(5.6 * max(2, len(panels)), height), facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    figure.subplots_adjust(left=0.07, right=0.98, top=0.7, bottom=0.115, wspace=0.06)
-    for ax, (heading, curves) in zip(axes, panels.items(), strict=True):
-        _draw(ax, [100 * ratio for ratio in ratios], curves, heading)
-    axes[0].set_ylabel("accuracy on the test images (%)", color=MUTED)
-    figure.text(0.07, 0.94, title, size=15, weight="bold", color=INK)
-    figure.text(0.07, 0.888, subtitle, size=10.5, color=MUTED)
+    top = 1 - (1.12 + 0.22 * rows) / height
+    figure.subplots_adjust(left=0.07, right=0.98, top=top, bottom=0.6 / height, wspace=0.06)
+    for ax, panel in zip(axes, panels, strict=True):
+        _draw(ax, panel)
+    axes[0].set_ylabel(y_label, color=MUTED)
+    figure.text(0.07, 1 - 0.31 / height, title, size=15, weight="bold", color=INK)
+    figure.text(0.07, 1 - 0.58 / height, subtitle, size=10.5, color=MUTED)
     figure.legend(
         *axes[0].get_legend_handles_labels(),
         loc="upper left",
-        bbox_to_anchor=(0.063, 0.872),
-        ncols=4,
+        bbox_to_anchor=(0.063, 1 - 0.66 / height),
+        ncols=LEGEND_COLUMNS,
         frameon=False,
         labelcolor="linecolor",
         fontsize=10.5,
         columnspacing=1.6,
-        handlelength=1.4,
+        handlelength=1.8,
     )
     figure.savefig(path, dpi=160)
 
@@ -138,21 +158,22 @@ def _legend(figure: Figure, points: Sequence[Point]) -> None:
     )
 
 
-def _draw(ax: Axes, percents: Sequence[float], curves: Sequence[Curve], heading: str) -> None:
-    for curve, color in zip(curves, PALETTE, strict=False):
-        width = 4 if curve.strong else 2
+def _draw(ax: Axes, panel: Panel) -> None:
+    """The colours of the palette in solid lines, then again in dashed ones."""
+    for place, curve in enumerate(panel.curves):
         ax.plot(
-            percents,
-            curve.accuracy,
-            color=color,
-            linewidth=width,
+            curve.x,
+            curve.y,
+            color=PALETTE[place % len(PALETTE)],
+            linestyle=("-", "--", ":")[place // len(PALETTE)],
+            linewidth=4 if curve.strong else 2,
             marker="o",
             markersize=4,
             label=curve.label,
         )
-    ax.set_title(heading, loc="left", size=11, color=INK, pad=8)
-    ax.set_xlabel("filters removed in each pruned layer (%)", color=MUTED)
-    ax.set(xlim=(-2, percents[-1] + 2), ylim=(0, 103), xticks=percents, yticks=range(0, 101, 20))
+    ax.set_title(panel.heading, loc="left", size=11, color=INK, pad=8)
+    ax.set_xlabel(panel.x_label, color=MUTED)
+    ax.set_ylim(bottom=0)
     _plain(ax)
 
 

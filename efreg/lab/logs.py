@@ -2,7 +2,9 @@
 
 import csv
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -10,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from efreg.lab.checkpoints import replacing
 
 Row = dict[str, float]
+T = TypeVar("T")
 
 
 class Log:
@@ -48,6 +51,17 @@ def write_csv(path: str | Path, rows: Iterable[dict]) -> None:
         writer = csv.DictWriter(file, fieldnames=list(names))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def read_csv(path: str | Path, kind: type[T]) -> list[T]:
+    """Rows that `write_csv` wrote, each as a dataclass of this kind. Raises ValueError for a damaged file."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return [
+                kind(**{f.name: f.type(row[f.name]) for f in fields(kind)}) for row in csv.DictReader(file)
+            ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): remove it, and it is made again") from error
 
 
 def progress(console: Console) -> Progress:

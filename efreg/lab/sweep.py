@@ -25,9 +25,12 @@ STATISTICS_BATCHES = 40
 
 @dataclass(frozen=True)
 class Cut:
-    """A network pruned at `ratio`: accuracy in percent right after it, and with re-estimated statistics."""
+    """A network pruned at `ratio`: accuracy in percent right after it, and with re-estimated statistics.
 
-    ratio: float
+    ratio: the share of filters that each pruned layer loses, or a list of ratios as the papers have it.
+    """
+
+    ratio: float | str
     accuracy: float
     recalibrated: float
     macs: int
@@ -39,7 +42,7 @@ def sweep(
     images: data.Data,
     *,
     skip: Sequence[str] = (),
-    ratios: Iterable[float] = RATIOS,
+    ratios: Iterable[float | str] = RATIOS,
     dtype: torch.dtype = torch.float32,
     tick: Callable[[], None] = lambda: None,
 ) -> list[Cut]:
@@ -54,9 +57,10 @@ def sweep(
     return cuts
 
 
-def pruned(model: nn.Module, ratio: float, example: Tensor, skip: Sequence[str] = ()) -> nn.Module:
-    """The model without this share of the filters of each layer; itself it stays as it was."""
-    plan = efreg.plan(model, ratio=ratio, skip=skip, example_inputs=example)
+def pruned(model: nn.Module, ratio: float | str, example: Tensor, skip: Sequence[str] = ()) -> nn.Module:
+    """The model without these filters of each layer; itself it stays as it was."""
+    asked = {"ratios" if isinstance(ratio, str) else "ratio": ratio}
+    plan = efreg.plan(model, **asked, skip=skip, example_inputs=example)
     return efreg.prune(model, plan, example_inputs=example)
 
 
@@ -123,21 +127,23 @@ def run(
 
 
 def _draw(path: Path, cuts: Sequence[Cut], settings: Settings) -> None:
+    removed = [100 * cut.ratio for cut in cuts]
     curves = [
-        figures.Curve("right after pruning", [cut.accuracy for cut in cuts]),
-        figures.Curve("statistics re-estimated", [cut.recalibrated for cut in cuts]),
+        figures.Curve("right after pruning", removed, [cut.accuracy for cut in cuts]),
+        figures.Curve("statistics re-estimated", removed, [cut.recalibrated for cut in cuts]),
     ]
     force = f"{settings.law}, α = {settings.alpha:g}" if settings.alpha else "no force"
     figures.draw_panels(
         path,
-        RATIOS,
-        {settings.model: curves},
+        [figures.Panel(settings.model, figures.REMOVED, curves)],
         "Accuracy when filters are removed",
         f"{settings.dataset}, {force}",
     )
 
 
-def _cut(model: nn.Module, images: data.Data, ratio: float, skip: Sequence[str], dtype: torch.dtype) -> Cut:
+def _cut(
+    model: nn.Module, images: data.Data, ratio: float | str, skip: Sequence[str], dtype: torch.dtype
+) -> Cut:
     example = next(images.test.batches(2))[0]
     small = pruned(model, ratio, example, skip)
     accuracy = engine.evaluate(small, images.test, dtype=dtype)[1]

@@ -1,9 +1,7 @@
 """Which force keeps most: a study's candidates trained, pruned at every ratio, and set beside each other."""
 
-import csv
-import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from math import nan
 from pathlib import Path
 
@@ -11,9 +9,10 @@ import torch
 from rich.console import Console
 
 import efreg
-from efreg.lab import checkpoints, data, engine, figures
+from efreg.lab import data, engine, figures
 from efreg.lab.checkpoints import Settings, replacing
-from efreg.lab.logs import progress, write_csv
+from efreg.lab.logs import progress, read_csv, write_csv
+from efreg.lab.paper import runs
 from efreg.lab.paper.results import RATIOS, Best, Line, Result, best, lines, read
 from efreg.lab.paper.studies import STUDIES, Candidate, Study
 from efreg.lab.sweep import Cut, pruned, sweep
@@ -74,13 +73,13 @@ def _test_images(study: Study) -> data.Images:
 def _results(study: Study, seeds: int, folder: Path, test: data.Images, console: Console) -> list[Result]:
     """Of every candidate from every seed: read from the folder, or trained, cut and written there."""
     folder.mkdir(parents=True, exist_ok=True)
-    runs = [(c, seed) for c in study.candidates for seed in range(min(seeds, c.seeds))]
+    planned = [(c, seed) for c in study.candidates for seed in range(min(seeds, c.seeds))]
     found = []
     with progress(console) as bar:
-        task = bar.add_task(study.name, total=len(runs) * study.base.epochs, note="")
-        for candidate, seed in runs:
+        task = bar.add_task(study.name, total=len(planned) * study.base.epochs, note="")
+        for candidate, seed in planned:
             settings = candidate.settings(replace(study.base, weights=_start(study, folder, seed)), seed)
-            path = folder / f"{_stem(candidate, settings)}.csv"
+            path = folder / f"{runs.stem(str(candidate), settings)}.csv"
             if path.exists():
                 bar.advance(task, study.base.epochs)
             else:
@@ -91,27 +90,6 @@ def _results(study: Study, seeds: int, folder: Path, test: data.Images, console:
     return found
 
 
-def _stem(candidate: Candidate, settings: Settings) -> str:
-    """What the files of a run are called: the candidate, the seed, and a digest of its settings."""
-    name = f"{candidate} {settings.seed} {digest(settings)}"
-    return name.replace(",", "").replace("α ", "").replace("= ", "").replace(" ", "-")
-
-
-def digest(settings: Settings) -> str:
-    """Eight letters that change with all that decides the weights a training ends with."""
-    device = engine.device_named(settings.device)
-    decisive = replace(
-        settings,
-        data="",
-        weights=settings.weights and Path(settings.weights).name,
-        device=device.type,
-        precision=str(engine.dtype_of(settings.precision, device)),
-    )
-    chosen = [(f.name, getattr(decisive, f.name)) for f in fields(Settings)]
-    text = repr([(name, value) for name, value in chosen if value != getattr(Settings(), name)])
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
 def _start(study: Study, folder: Path, seed: int) -> str | None:
     """The file of the weights that a seed's runs start from, trained here where the study says so."""
     if study.weights:
@@ -119,23 +97,17 @@ def _start(study: Study, folder: Path, seed: int) -> str | None:
     if not study.start_epochs:
         return None
     settings = replace(study.base, epochs=study.start_epochs, lr=0.1, seed=seed)
-    path = folder / f"start-{seed}-{digest(settings)}.safetensors"
-    if not path.exists():
-        run = engine.Run(settings)
-        for _ in run.epochs():
-            pass
-        efreg.save(run.model, path)
+    path = folder / f"{runs.stem('start', settings)}.safetensors"
+    runs.keep_network(settings, path, lambda _: None)
     return str(path)
 
 
 def _run(candidate: Candidate, settings: Settings, path: Path, test: data.Images, bar, task) -> list[Result]:
     """Trains, or goes on with what an interruption left, and cuts at every ratio."""
-    run = engine.Run(settings, _interrupted(path.with_suffix(".pt")))
-    bar.advance(task, run.epoch)
+    checkpoint = path.with_suffix(".pt")
+    run = runs.resume(settings, checkpoint)
     try:
-        for _ in run.epochs():
-            checkpoints.save(run.checkpoint(), path.with_suffix(".pt"))
-            bar.advance(task)
+        runs.finish(run, checkpoint, lambda epochs: bar.advance(task, epochs))
     except engine.Diverged:
         bar.console.print(f"{candidate}, seed {settings.seed}: diverged", highlight=False)
         bar.advance(task, settings.epochs - run.epoch)
@@ -143,15 +115,6 @@ def _run(candidate: Candidate, settings: Settings, path: Path, test: data.Images
     images = run.data._replace(test=test)
     cuts = sweep(run.model, images, ratios=RATIOS, dtype=run.dtype)
     return [_result(candidate, run, cut, _held_out_accuracy(run, cut.ratio)) for cut in cuts]
-
-
-def _interrupted(path: Path) -> checkpoints.Checkpoint | None:
-    if not path.exists():
-        return None
-    try:
-        return checkpoints.load(path)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: remove it, and its run begins anew") from error
 
 
 def _held_out_accuracy(run: engine.Run, ratio: float) -> float:
@@ -194,14 +157,7 @@ def _latencies(study: Study, folder: Path) -> list[Latency]:
     path = folder / "latency.csv"
     if not path.exists():
         write_csv(path, map(asdict, _measure_latencies(study)))
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            return [
-                Latency(**{f.name: f.type(row[f.name]) for f in fields(Latency)})
-                for row in csv.DictReader(file)
-            ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: remove it, and it is measured again") from error
+    return read_csv(path, Latency)
 
 
 def _measure_latencies(study: Study) -> Iterable[Latency]:

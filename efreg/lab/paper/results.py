@@ -1,11 +1,12 @@
 """What a study's runs gave: rows of its CSV, their means over seeds, and the strength that keeps most."""
 
-import csv
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
+
+from efreg.lab.logs import read_csv
 
 RATIOS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Before pruning, and the ratios over whose mean the strength of a force is chosen."""
@@ -40,15 +41,9 @@ class Result:
 
 def read(path: str | Path) -> list[Result]:
     """The results of one run, or of several. Raises ValueError for a file that is not whole."""
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        results = [Result(**{f.name: f.type(row[f.name]) for f in fields(Result)}) for row in rows]
-        whole = bool(results) and [r.ratio for r in results] == [*RATIOS] * (len(results) // len(RATIOS))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): remove it, and its run is done again") from error
-    if not whole:
-        raise ValueError(f"{path} is not whole: remove it, and its run is done again")
+    results = read_csv(path, Result)
+    if not results or [r.ratio for r in results] != [*RATIOS] * (len(results) // len(RATIOS)):
+        raise ValueError(f"{path} is not whole: remove it, and it is made again")
     return results
 
 
