@@ -115,16 +115,16 @@ def _report(arguments: argparse.Namespace) -> None:
 def _paper(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from efreg.lab.paper import forces
+    from efreg.lab.paper import forces, reproduce
 
-    forces.run(
-        arguments.out,
-        data_folder=arguments.data,
-        only=arguments.only,
-        seeds=arguments.seeds,
-        device=arguments.device,
-        console=Console(),
-    )
+    given = {name: getattr(arguments, name) for name in ("only", "seeds", "device")}
+    given.update(data_folder=arguments.data, console=Console())
+    if arguments.what == "forces":
+        if arguments.epochs_scale != 1 or arguments.recipes:
+            raise ValueError("forces has studies of its own: drop --epochs-scale and --recipes")
+        return forces.run(arguments.out, **given)
+    recipes = {"recipes_file": arguments.recipes} if arguments.recipes else {}
+    reproduce.run(arguments.what, arguments.out, epochs_scale=arguments.epochs_scale, **given, **recipes)
 
 
 def _env(arguments: argparse.Namespace) -> None:
@@ -179,8 +179,11 @@ def _parser() -> argparse.ArgumentParser:
 TRAIN_EXAMPLES = """efreg train --model resnet20 --alpha 1e-11 --out runs/digits
   efreg train --dataset cifar10 --model resnet56 --alpha 1e-12 --schedule p1 --epochs 200 --out runs/c10
   efreg train --resume --out runs/c10"""
+PAPER = ("forces", "table3", "table4", "table5", "table6", "no-finetuning", "figure2", "figure3")
 PAPER_EXAMPLES = """efreg paper forces
-  efreg paper forces --data data --only digits cifar10 --seeds 3"""
+  efreg paper forces --data data --only digits cifar10 --seeds 3
+  efreg paper table4 --data data --epochs-scale 0.05
+  efreg paper figure2 --data data --only resnet20-cifar10-short"""
 PRUNE_EXAMPLES = """efreg prune runs/c10/checkpoint.pt --ratio 0.5
   efreg prune runs/c10/checkpoint.pt --ratios "[0, 0.5, 0.5, 0.5, 0]" --out small.safetensors
   efreg prune runs/c10/checkpoint.pt --speedup 2
@@ -252,13 +255,13 @@ def _report_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _paper_options(parser: argparse.ArgumentParser) -> None:
-    from efreg.lab.paper.studies import STUDIES
-
     add = parser.add_argument
-    add("what", choices=("forces",), help="forces: which force keeps most when filters are removed")
+    add("what", choices=PAPER, metavar="WHAT", help=f"{', '.join(PAPER)}; forces compares those we have")
     add("--data", metavar="DIR", default="data", help="folder of the data sets and weights (%(default)s)")
-    add("--only", nargs="+", default=(), choices=tuple(STUDIES), help="of the studies these (all)")
-    add("--seeds", type=int, default=3, help="seeds of each candidate, at most (%(default)s)")
+    add("--only", nargs="+", default=(), metavar="NAME", help="of the studies or groups of runs these (all)")
+    add("--seeds", type=int, default=3, help="seeds of each run, at most (%(default)s)")
+    add("--epochs-scale", type=float, default=1.0, metavar="S", help="train for a share of the epochs (1)")
+    add("--recipes", type=Path, metavar="FILE", help="runs of your own, like efreg/lab/paper/recipes.toml")
     add("--device", default="auto", help="auto, cpu, cuda, ... (%(default)s)")
     add("--out", type=Path, default=Path("runs/paper"), help="folder to write to (%(default)s)")
 

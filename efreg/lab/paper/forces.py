@@ -12,7 +12,7 @@ import efreg
 from efreg.lab import data, engine, figures
 from efreg.lab.checkpoints import Settings, replacing
 from efreg.lab.logs import progress, read_csv, write_csv
-from efreg.lab.paper import runs
+from efreg.lab.paper import markdown, runs
 from efreg.lab.paper.results import RATIOS, Best, Line, Result, best, lines, read
 from efreg.lab.paper.studies import STUDIES, Candidate, Study
 from efreg.lab.sweep import Cut, pruned, sweep
@@ -195,11 +195,11 @@ def tables(study: Study, results: Sequence[Result], latencies: Sequence[Latency]
             f"### {title}",
             "Right after pruning, nothing re-trained and nothing re-estimated. dead: filters that are zero "
             "before anything is cut; M left: millions of MACs without them.",
-            _markdown([*head, "dead", "M left"], [*after, *costs]),
+            markdown.table([*head, "dead", "M left"], [*after, *costs]),
             f"α keeps most on {base.held_out} training images that were held out, on average over the "
             f"ratios; ↑ ↓: the largest, the smallest that was tried.{_seen(study)}",
             "Batch-norm statistics re-estimated:",
-            _markdown(head, again),
+            markdown.table(head, again),
         ]
     )
 
@@ -233,10 +233,6 @@ def _cells(line: Line, spread: Iterable[tuple[float, float]]) -> list[str]:
 
 def _left(line: Line) -> list[str]:
     return [f"{line.dead:.0f}", f"{line.macs_without / 1e6:.1f}"]
-
-
-def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
 def _draw(path: Path, study: Study, results: Sequence[Result]) -> None:

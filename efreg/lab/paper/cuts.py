@@ -1,0 +1,203 @@
+"""A recipe's network, cut in every way that its group names: trained, pruned, fine-tuned where it says so."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from math import nan
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import efreg
+from efreg.lab import checkpoints, data, engine
+from efreg.lab.checkpoints import Settings
+from efreg.lab.logs import read_csv, write_csv
+from efreg.lab.paper import runs
+from efreg.lab.paper.recipes import Group, Recipe
+from efreg.lab.sweep import Cut, pruned, sweep
+
+
+@dataclass(frozen=True)
+class Row:
+    """A network cut once. Accuracies are in percent, on the test images; NaN where the training diverged.
+
+    ratio: the share of filters removed, or a list. before: accuracy of the whole network. accuracy,
+    recalibrated: right after pruning, and with re-estimated batch-norm statistics; fine_tuned: after training
+    on, NaN where the group does not. macs_before, macs: of an image. epochs, fine_tune_epochs: trained.
+    """
+
+    group: str
+    run: str
+    seed: int
+    ratio: str
+    before: float
+    accuracy: float
+    recalibrated: float
+    fine_tuned: float
+    macs_before: int
+    macs: int
+    epochs: int
+    fine_tune_epochs: int
+    dtype: str
+    device: str
+
+    @property
+    def speedup(self) -> float:
+        """MACs before / MACs after; NaN where nothing was cut."""
+        return self.macs_before / self.macs if self.macs else nan
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe's run from one seed, and the folder of its files, named by what decides them."""
+
+    group: Group
+    recipe: Recipe
+    seed: int
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"{self.group.title}, {self.recipe.name}, seed {self.seed}"
+
+    @property
+    def start(self) -> "Job | None":
+        """The run that this one goes on from."""
+        return replace(self, recipe=self.group.recipe(self.recipe.start)) if self.recipe.start else None
+
+    @property
+    def settings(self) -> Settings:
+        """What trains the network, the file of its first weights among them."""
+        settings = replace(self.recipe.settings, seed=self.seed)
+        if self.start:
+            return replace(settings, weights=str(self.start.network))
+        return replace(settings, weights=self.group.weights and str(Path(settings.data, self.group.weights)))
+
+    @property
+    def network(self) -> Path:
+        """The file of the trained network."""
+        return self._file(".safetensors")
+
+    @property
+    def rows(self) -> Path:
+        """The file of what is left of it at the group's cuts."""
+        tuning = self.group.fine_tune and runs.digest(self.group.fine_tune)
+        return self._file(".csv", self.group.cuts, tuning)
+
+    def narrow(self, ratio: float | str) -> Path:
+        """The file of the network cut so, before it is trained on."""
+        return self.network.with_name(f"{self.network.stem}-cut-{self.group.cuts.index(ratio)}.safetensors")
+
+    @property
+    def epochs(self) -> int:
+        """Of training, and of fine-tuning each of the cut networks."""
+        tuning = self.group.fine_tune.epochs * len(self.group.cuts) if self.group.fine_tune else 0
+        return self.recipe.settings.epochs + tuning
+
+    def _file(self, suffix: str, *more) -> Path:
+        name = runs.stem(f"{self.group.name} {self.recipe.name}", self.settings, *more)
+        return self.folder / f"{name}{suffix}"
+
+
+def train(job: Job, tick: runs.Tick) -> nn.Module:
+    """The trained network in eval mode: read from its file, or trained, after the run that it starts from.
+
+    Raises engine.Diverged.
+    """
+    if job.start:
+        train(job.start, lambda _: None)
+    if job.settings.epochs:
+        runs.keep_network(job.settings, job.network, tick)
+    elif not job.network.exists():
+        efreg.save(_first_network(job.settings), job.network)
+    return _read(job.settings, job.network)
+
+
+def _first_network(settings: Settings) -> nn.Module:
+    holds = data.info(settings.dataset, settings.data)
+    weights = checkpoints.load_weights(settings.weights)
+    return engine.build(settings, holds.num_classes, holds.shape, weights)
+
+
+def _read(settings: Settings, path: Path) -> nn.Module:
+    holds = data.info(settings.dataset, settings.data)
+    model = efreg.load(engine.build(settings, holds.num_classes, holds.shape), path)
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    return model.to(engine.device_named(settings.device), memory_format=layout).eval()
+
+
+def measure(job: Job, say: Callable[[str], None], tick: runs.Tick) -> list[Row]:
+    """A row for each of the group's cuts: read from the job's file, or trained, cut and written there.
+
+    say: is told where a training diverged.
+    """
+    if job.rows.exists():
+        tick(job.epochs)
+    else:
+        write_csv(job.rows, map(asdict, _measure(job, say, tick)))
+    rows = read_csv(job.rows, Row)
+    if len(rows) != len(job.group.cuts):
+        raise ValueError(f"{job.rows} is not whole: remove it, and it is made again")
+    return rows
+
+
+def _measure(job: Job, say: Callable[[str], None], tick: runs.Tick) -> list[Row]:
+    try:
+        network = train(job, tick)
+    except engine.Diverged as error:
+        say(f"{job}: {error}")
+        lost = [Cut(ratio, nan, nan, 0, 0) for ratio in job.group.cuts]
+        return [_row(job, lost[0], cut, nan) for cut in lost]
+    images = data.load(job.settings.dataset, job.settings.data, device=_device(job.settings))
+    whole, *cuts = sweep(
+        network,
+        images,
+        skip=job.settings.skip,
+        ratios=(0.0, *job.group.cuts),
+        dtype=_dtype(job.settings),
+    )
+    return [_row(job, whole, cut, _fine_tuned(job, network, cut.ratio, images, tick)) for cut in cuts]
+
+
+def _row(job: Job, whole: Cut, cut: Cut, fine_tuned: float) -> Row:
+    return Row(
+        group=job.group.name,
+        run=job.recipe.name,
+        seed=job.seed,
+        ratio=str(cut.ratio),
+        before=whole.accuracy,
+        accuracy=cut.accuracy,
+        recalibrated=cut.recalibrated,
+        fine_tuned=fine_tuned,
+        macs_before=whole.macs,
+        macs=cut.macs,
+        epochs=job.settings.epochs,
+        fine_tune_epochs=job.group.fine_tune.epochs if job.group.fine_tune else 0,
+        dtype=str(_dtype(job.settings)).removeprefix("torch."),
+        device=_device(job.settings).type,
+    )
+
+
+def _fine_tuned(
+    job: Job, network: nn.Module, ratio: float | str, images: data.Data, tick: runs.Tick
+) -> float:
+    """Accuracy of the cut network after it was trained on, from where an interruption left it."""
+    if not job.group.fine_tune:
+        return nan
+    narrow = job.narrow(ratio)
+    settings = replace(job.group.fine_tune, weights=str(narrow), seed=job.seed)
+    tuned = narrow.with_name(f"{narrow.stem}-{runs.digest(settings)}.safetensors")
+    if not narrow.exists():
+        efreg.save(pruned(network, ratio, next(images.test.batches(2))[0], job.settings.skip), narrow)
+    try:
+        runs.keep_network(settings, tuned, tick)
+    except engine.Diverged:
+        return nan
+    return engine.evaluate(_read(settings, tuned), images.test, dtype=_dtype(settings))[1]
+
+
+def _device(settings: Settings) -> torch.device:
+    return engine.device_named(settings.device)
+
+
+def _dtype(settings: Settings) -> torch.dtype:
+    return engine.dtype_of(settings.precision, _device(settings))

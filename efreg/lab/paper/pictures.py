@@ -1,0 +1,98 @@
+"""Figures 2 and 3, a picture for each group of recipes, as PNG and SVG."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from efreg.lab import data, engine, figures
+from efreg.lab.paper import cuts
+from efreg.lab.paper.cuts import Job, Row
+from efreg.lab.paper.recipes import Group
+from efreg.lab.paper.tables import seeds_together
+
+LAYERS = 2
+"""Figure 3 shows as many, the first that the force acts on."""
+
+
+def accuracies(out: Path, heading: str, group: Group, rows: Sequence[Row]) -> str:
+    """Figure 2: accuracy against ratio and speedup, and with re-estimated statistics. Names the files."""
+    found = [row for row in rows if row.macs]
+    panels = [
+        _accuracies(found, "right after pruning", "accuracy"),
+        _accuracies(found, "the same, over the speedup", "accuracy", over_speedup=True),
+        _accuracies(found, "batch-norm statistics re-estimated", "recalibrated"),
+    ]
+    seeds = len({row.seed for row in found})
+    epochs = max((row.epochs for row in found), default=0)
+    subtitle = f"{group.title}, whole test set: {epochs} epochs with each force, seeds: {seeds}"
+    return _draw(out / f"figure2-{group.name}", panels, heading, subtitle)
+
+
+def _accuracies(rows: Sequence[Row], heading: str, what: str, *, over_speedup: bool = False) -> figures.Panel:
+    """Of each run the mean over seeds, at the cuts that take one share of every layer."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for found in seeds_together(row for row in rows if not row.ratio.startswith("[")):
+        x = found[0].speedup if over_speedup else 100 * float(found[0].ratio)
+        mean = statistics.mean(getattr(row, what) for row in found)
+        curves.setdefault(found[0].run, []).append((x, mean))
+    label = "speedup: MACs before / MACs after" if over_speedup else figures.REMOVED
+    drawn = [figures.Curve(run, *zip(*points, strict=True)) for run, points in curves.items()]
+    return figures.Panel(heading, label, drawn)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The L1 norm of the filter at `place`, the largest being at 0, as a share of its layer's largest."""
+
+    group: str
+    run: str
+    layer: str
+    place: int
+    norm: float
+
+
+def norms_of(job: Job, say, tick) -> list[Norm]:
+    """Of the first planned layers of the trained network. Raises engine.Diverged."""
+    network = cuts.train(job, tick)
+    shape = data.info(job.settings.dataset, job.settings.data).shape
+    example = torch.zeros(2, *shape, device=next(network.parameters()).device)
+    layers = list(engine.plan(network, job.settings, example))[:LAYERS]
+    return [
+        Norm(job.group.name, job.recipe.name, layer, place, norm)
+        for layer in layers
+        for place, norm in enumerate(_sorted_norms(network.get_submodule(layer).weight))
+    ]
+
+
+@torch.no_grad()
+def _sorted_norms(weight: torch.Tensor) -> list[float]:
+    norms = weight.flatten(1).abs().sum(1).sort(descending=True).values
+    return (norms / norms[0]).tolist()
+
+
+def norms(out: Path, heading: str, group: Group, found: Sequence[Norm]) -> str:
+    """Figure 3: a panel for each layer. Names the files."""
+    panels = [
+        _norms([n for n in found if n.layer == layer]) for layer in dict.fromkeys(n.layer for n in found)
+    ]
+    epochs = max(group.recipe(name).settings.epochs for name in group.norms)
+    subtitle = f"{group.title}: {epochs} epochs with each force, seed 0"
+    return _draw(out / f"figure3-{group.name}", panels, heading, subtitle, y_label="‖w‖₁ / largest ‖w‖₁")
+
+
+def _norms(found: Sequence[Norm]) -> figures.Panel:
+    runs = dict.fromkeys(n.run for n in found)
+    curves = [
+        figures.Curve(run, [n.place for n in found if n.run == run], [n.norm for n in found if n.run == run])
+        for run in runs
+    ]
+    return figures.Panel(found[0].layer, "filter, the largest first", curves)
+
+
+def _draw(stem: Path, panels: Sequence[figures.Panel], heading: str, subtitle: str, **options) -> str:
+    for suffix in (".png", ".svg"):
+        figures.draw_panels(stem.with_name(stem.name + suffix), panels, heading, subtitle, **options)
+    return f"{stem.name}.png, {stem.name}.svg"
