@@ -208,7 +208,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     add("--data", metavar="DIR", help="folder of the data set (data)")
     add("--download", action="store_true", help="fetch the data set into --data where it is missing")
     add("--model", help="resnet14/20/32/44/56, vgg19, or a torchvision name (resnet20)")
-    add("--weights", metavar="FILE", help="weights to start from: safetensors or a state dict")
+    add("--weights", metavar="FILE", help="weights to start from, also those of a pruned network")
     add("--law", help=f"{', '.join(efreg.LAWS)} (electrostatic)")
     add("--alpha", type=float, help="strength of the force; 0 trains without (0)")
     add("--power", type=float, help="power of the ladder (1)")

@@ -34,24 +34,36 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
-    """Loads a file written by `save` into the full-size model, whose layers shrink to fit. Returns the model.
+def load(model: nn.Module, saved: str | os.PathLike | Mapping[str, Tensor]) -> nn.Module:
+    """Loads a pruned network into the full-size model, whose layers shrink to fit. Returns the model.
 
-    Convolutions, linear layers, PReLUs and batch norms take the channel counts of the file's tensors; the
-    model keeps its own dtype, device, memory format, requires_grad and training mode.
+    saved: a file written by `save`, or a state dict, without the prefixes of a wrapper.
 
-    Raises FileNotFoundError where there is no file; ValueError for one that is truncated or not of `save`,
-    for missing or unexpected tensors, and for shapes that a loss of channels does not explain. The model is
-    changed only if everything fits.
+    Convolutions, linear layers, PReLUs and batch norms take the channel counts of the saved tensors; the
+    model keeps its own dtype, device, memory format, requires_grad and training mode. As in torch, a batch
+    norm may lack `num_batches_tracked`, which old state dicts do not have.
+
+    Raises FileNotFoundError where there is no file; TypeError for a mapping of anything but tensors;
+    ValueError for a file that is truncated or not of `save`, for missing or unexpected tensors, and for
+    shapes that a loss of channels does not explain. The model is changed only if everything fits.
     """
     network = unwrap(model)
-    saved = _read(Path(path))
-    _check_names(network, saved, path)
-    resized = _resized(network, saved, path)
-    for name, tensors in resized.items():
-        refit(network.get_submodule(name), tensors)
-    network.load_state_dict(saved)
+    source, tensors = _source(saved)
+    _check_names(network, tensors, source)
+    resized = _resized(network, tensors, source)
+    for name, own in resized.items():
+        refit(network.get_submodule(name), own)
+    network.load_state_dict(tensors)
     return model
+
+
+def _source(saved: str | os.PathLike | Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    """What errors call it, and the tensors in it."""
+    if not isinstance(saved, Mapping):
+        return str(saved), _read(Path(saved))
+    if strange := [name for name, value in saved.items() if not isinstance(value, Tensor)]:
+        raise TypeError(f"{strange[0]} in the state dict is no tensor: give what model.state_dict() returns")
+    return "the state dict", dict(saved)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -72,30 +84,32 @@ def _read(path: Path) -> dict[str, Tensor]:
     return saved | {alias: saved[name] for alias, name in aliases.items() if name in saved}
 
 
-def _check_names(model: nn.Module, saved: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+def _check_names(model: nn.Module, saved: Mapping[str, Tensor], source: str) -> None:
     own = model.state_dict().keys()
-    for what, names in (("lacks", own - saved.keys()), ("holds, unlike the model,", saved.keys() - own)):
+    lacking, strange = own - saved.keys(), saved.keys() - own
+    if all(name.endswith("num_batches_tracked") for name in lacking):
+        lacking = set()
+    for what, names in (("lacks", lacking), ("holds, unlike the model,", strange)):
         if names:
             raise ValueError(
-                f"{path} {what} {', '.join(sorted(names)[:3])} ({len(names)} such tensors): build the "
+                f"{source} {what} {', '.join(sorted(names)[:3])} ({len(names)} such tensors): build the "
                 f"network that was saved; this is {type(model).__name__}"
             )
 
 
-def _resized(
-    model: nn.Module, saved: Mapping[str, Tensor], path: str | os.PathLike
-) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each module whose shapes differ from the file's, by module."""
+def _resized(model: nn.Module, saved: Mapping[str, Tensor], source: str) -> dict[str, dict[str, Tensor]]:
+    """The saved tensors whose shapes differ from the model's, by module."""
     resized: dict[str, dict[str, Tensor]] = {}
     for name, own in model.state_dict().items():
-        if own.shape != saved[name].shape:
+        tensor = saved.get(name, own)
+        if own.shape != tensor.shape:
             module, _, key = name.rpartition(".")
-            if not _can_take(model.get_submodule(module), own.shape, saved[name].shape):
+            if not _can_take(model.get_submodule(module), own.shape, tensor.shape):
                 raise ValueError(
-                    f"{path} has {name} of shape {tuple(saved[name].shape)}, {type(model).__name__} of "
+                    f"{source} has {name} of shape {tuple(tensor.shape)}, {type(model).__name__} of "
                     f"{tuple(own.shape)}: build the network that was saved"
                 )
-            resized.setdefault(module, {})[key] = saved[name]
+            resized.setdefault(module, {})[key] = tensor
     return resized
 
 

@@ -325,6 +325,24 @@ def test_prune_and_report_need_no_data(trained, tmp_path, capsys, monkeypatch):
     assert re.search(rf"MACs +{whole:,} +{cut:,} +{whole / cut:.3f}", capsys.readouterr().out)
 
 
+def test_a_pruned_network_is_trained_pruned_and_swept_again(trained, capsys):
+    """Half of its half is a quarter, in the report too; the file that it started from is no longer needed."""
+    checkpoint = str(trained / "checkpoint.pt")
+    assert cli.main(["prune", checkpoint, "--ratio", "0.5", "--out", "half.safetensors"]) == 0
+    line = "train --model resnet14 --weights half.safetensors --epochs 1 --device cpu --out again"
+    assert cli.main(line.split()) == 0
+    os.remove("half.safetensors")
+    assert cli.main(["train", "--resume", "--out", "again"]) == 0
+    assert cli.main(["prune", "again/checkpoint.pt", "--ratio", "0.5"]) == 0
+    quarter = efreg.load(models.resnet14(in_channels=1), "again/pruned.safetensors")
+    assert [quarter.get_submodule(f"layer{s}.0.conv1").out_channels for s in (1, 2, 3)] == [4, 8, 16]
+    assert cli.main(["report", "again/checkpoint.pt", "again/pruned.safetensors"]) == 0
+    half = engine.restore(checkpoints.load("again/checkpoint.pt"))
+    counts = [efreg.macs(model, torch.zeros(1, 1, 8, 8)) for model in (half, quarter)]
+    assert re.search(r"MACs +{:,} +{:,} ".format(*counts), capsys.readouterr().out)
+    assert cli.main(["sweep", "again/checkpoint.pt"]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "left"),
     [

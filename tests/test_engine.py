@@ -555,6 +555,69 @@ def test_weights_that_do_not_fit(tmp_path):
         engine.Run(settings(weights=str(path)))
 
 
+@pytest.fixture
+def narrow(tmp_path):
+    """A file of a pruned ResNet-14, and the network in it."""
+    example = torch.randn(2, 1, 8, 8)
+    model = models.resnet14(in_channels=1).eval()
+    plan = efreg.plan(model, "[0, 0.5, 0.25, 0.75, 0]", example_inputs=example)
+    small = efreg.prune(model, plan, example_inputs=example)
+    path = tmp_path / "small.safetensors"
+    efreg.save(small, path)
+    return path, small
+
+
+def widths(model):
+    return [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)]
+
+
+def test_a_pruned_network_is_trained_on(narrow, tmp_path):
+    """As narrow as it was; an interrupted run goes on without the file, to the same bits."""
+    path, small = narrow
+    chosen = settings(weights=str(path), alpha=1e-9, ratio="0.5")
+    expected = engine.Run(chosen)
+    assert equal(expected.model.state_dict(), small.state_dict())
+    assert [m.removed for m in expected.plan.layers if m.removed] == [4, 4, 12, 12, 8, 8]
+    list(expected.epochs())
+    assert not equal(expected.model.state_dict(), small.state_dict())
+    first = engine.Run(chosen)
+    next(first.epochs())
+    checkpoints.save(first.checkpoint(), tmp_path / "x.pt")
+    path.unlink()
+    second = engine.Run(chosen, checkpoints.load(tmp_path / "x.pt"))
+    list(second.epochs())
+    assert equal(second.model.state_dict(), expected.model.state_dict())
+    assert without_times(second.history) == without_times(expected.history)
+
+
+def test_a_checkpoint_of_a_pruned_network_restores_it(narrow, tmp_path):
+    """And another run can start from it."""
+    path, small = narrow
+    checkpoints.save(engine.Run(settings(weights=str(path))).checkpoint(), tmp_path / "x.pt")
+    path.unlink()
+    restored = engine.restore(checkpoints.load(tmp_path / "x.pt"))
+    images = torch.randn(2, 1, 8, 8)
+    assert widths(restored) == widths(small) != widths(models.resnet14())
+    assert torch.equal(restored(images), small(images))
+    again = engine.Run(settings(weights=str(tmp_path / "x.pt"))).model
+    assert equal(again.state_dict(), small.state_dict())
+
+
+@pytest.mark.parametrize("classes, channels", [(7, 1), (10, 3)])
+def test_weights_of_other_images_or_classes_do_not_fit(classes, channels, tmp_path):
+    """Fewer classes, or fewer channels than the images have, are no pruning."""
+    path = tmp_path / "weights.pth"
+    torch.save(models.resnet14(classes, 1).state_dict(), path)
+    with pytest.raises(ValueError, match=r"the weights do not fit resnet14 on digits: (linear|conv1)\."):
+        engine.build(settings(), 10, (channels, 8, 8), checkpoints.load_weights(path))
+
+
+def test_weights_of_before_batches_were_counted(weights, tmp_path):
+    old = {name: t for name, t in weights.items() if not name.endswith("num_batches_tracked")}
+    torch.save(old, tmp_path / "weights.pth")
+    assert equal(engine.Run(settings(weights=str(tmp_path / "weights.pth"))).model.state_dict(), weights)
+
+
 @pytest.mark.parametrize("force", [{}, {"law": "ladder", "alpha": 8.0, "scope": "filter"}], ids=str)
 @pytest.mark.parametrize("step", [3, 5], ids=["first step", "last step"])
 def test_a_loss_that_is_not_finite_ends_the_run(step, force, tmp_path, monkeypatch):

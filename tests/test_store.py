@@ -196,3 +196,27 @@ def test_shapes_that_do_not_fit(saved, given, path):
     efreg.save(nn.Sequential(saved), path)
     shown = f"has 0.weight of shape .*{saved.weight.shape[-1]}.*, Sequential of"
     refused(path, nn.Sequential(given), ValueError, shown)
+
+
+def test_a_state_dict_loads_as_a_file_does(small, x):
+    """Also one of before torch counted batches, whose counts start from 0."""
+    full = models.resnet14()
+    assert efreg.load(full, small.state_dict()) is full
+    assert torch.equal(full.eval()(x), small.eval()(x))
+    assert full.layer1[0].conv1.out_channels == 8
+    old = {name: t for name, t in small.state_dict().items() if not name.endswith("num_batches_tracked")}
+    full = efreg.load(models.resnet14(), old)
+    assert torch.equal(full.eval()(x), small(x))
+    assert full.bn1.num_batches_tracked == 0
+
+
+def test_a_state_dict_that_does_not_fit(small):
+    weights = small.state_dict()
+    refused(weights, models.resnet20(), ValueError, r"the state dict lacks layer1\.2\.bn1\.bias, .*\(36 such")
+    refused(
+        {**weights, "linear.weight": torch.ones(11, 64)},
+        models.resnet14(),
+        ValueError,
+        "has linear.weight of",
+    )
+    refused({**weights, "epoch": 3}, models.resnet14(), TypeError, "epoch in the state dict is no tensor")

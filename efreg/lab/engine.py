@@ -139,12 +139,15 @@ class Run:
 
 
 def build(settings: Settings, num_classes: int, shape: tuple[int, ...], weights=None) -> nn.Module:
-    """The model that the settings name, from their seed or with `weights`; it takes inputs of `shape`."""
+    """The model that the settings name, from their seed or with `weights`; it takes inputs of `shape`.
+
+    Weights of a pruned network make it as narrow as that. Raises ValueError for what does not fit.
+    """
     torch.manual_seed(settings.seed)
     model = models.build(settings.model, num_classes, shape[0])
     _check_input(model, settings.model, shape)
     if weights is not None:
-        _load_state(model, weights, settings)
+        _load_state(model, weights, settings, shape)
     return model
 
 
@@ -364,23 +367,33 @@ def _first_weights(settings: Settings, checkpoint: Checkpoint | None) -> dict[st
     return checkpoints.load_weights(settings.weights) if settings.weights else None
 
 
-@torch.no_grad()
 def _check_input(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:
-    model.eval()
     try:
-        model(_example(shape))
+        _outputs(model, shape)
     except (RuntimeError, AssertionError) as error:
         size = "x".join(map(str, shape))
         raise ValueError(f"{name} cannot take images of {size} ({error}): choose another --model") from error
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, shape: tuple[int, ...]) -> torch.Size:
+    """The shape of what the model makes of two images; it is left in training mode."""
+    made = model.eval()(_example(shape)).shape
     model.train()
+    return made
 
 
-def _load_state(model: nn.Module, weights: dict[str, Tensor], settings: Settings) -> None:
+def _load_state(
+    model: nn.Module, weights: dict[str, Tensor], settings: Settings, shape: tuple[int, ...]
+) -> None:
+    """Loads weights of the model, or of a narrower one that takes the same images to the same classes."""
+    outputs = _outputs(model, shape)
+    shapes = [{name: x.shape for name, x in state.items()} for state in (model.state_dict(), weights)]
+    names = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
     try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        shapes = [{name: x.shape for name, x in state.items()} for state in (model.state_dict(), weights)]
-        names = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
+        if _outputs(efreg.load(model, weights), shape) != outputs:
+            raise ValueError("they are of other classes")
+    except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"the weights do not fit {settings.model} on {settings.dataset}: {', '.join(names[:3])} "
             f"({len(names)} such tensors); name the --model and --dataset that they are of"
