@@ -27,21 +27,30 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves over the same quantity, coloured by their place."""
+    """Curves over the same quantity, coloured by their place; speedups stand on a logarithmic axis."""
 
     heading: str
     x_label: str
     curves: Sequence[Curve]
+    speedups: bool = False
 
 
 REMOVED = "filters removed in each pruned layer (%)"
 ACCURACY = "accuracy on the test images (%)"
+SPEEDUPS = (1, 2, 3, 5, 10, 20, 50, 100)
+"""The marks of a logarithmic axis."""
 
 
 def draw_panels(
-    path: str | Path, panels: Sequence[Panel], title: str, subtitle: str, *, y_label: str = ACCURACY
+    path: str | Path,
+    panels: Sequence[Panel],
+    title: str,
+    subtitle: str,
+    *,
+    y_label: str = ACCURACY,
+    top: float = 100,
 ) -> None:
-    """Writes a picture, PNG or SVG as the path ends, of panels that share the y axis from 0 on."""
+    """Writes a picture, PNG or SVG as the path ends, of panels that share the y axis, from 0 to `top`."""
     entries = max(len(panel.curves) for panel in panels)
     rows = math.ceil(entries / LEGEND_COLUMNS)
     height = 4.8 + 0.22 * rows
@@ -53,6 +62,7 @@ def draw_panels(
     for ax, panel in zip(axes, panels, strict=True):
         _draw(ax, panel)
     axes[0].set_ylabel(y_label, color=MUTED)
+    axes[0].set_ylim(0, 1.03 * top)
     figure.text(0.07, 1 - 0.31 / height, title, size=15, weight="bold", color=INK)
     figure.text(0.07, 1 - 0.58 / height, subtitle, size=10.5, color=MUTED)
     figure.legend(
@@ -173,7 +183,11 @@ def _draw(ax: Axes, panel: Panel) -> None:
         )
     ax.set_title(panel.heading, loc="left", size=11, color=INK, pad=8)
     ax.set_xlabel(panel.x_label, color=MUTED)
-    ax.set_ylim(bottom=0)
+    if panel.speedups:
+        ax.set_xscale("log")
+        ax.set_xticks(SPEEDUPS, [f"{s}×" for s in SPEEDUPS], minor=False)
+        ax.set_xticks([], minor=True)
+        ax.set_xlim(0.95, 1.05 * max(x for curve in panel.curves for x in curve.x))
     _plain(ax)
 
 

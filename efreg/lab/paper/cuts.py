@@ -85,7 +85,7 @@ class Job:
 
     def narrow(self, ratio: float | str) -> Path:
         """The file of the network cut so, before it is trained on."""
-        return self.network.with_name(f"{self.network.stem}-cut-{self.group.cuts.index(ratio)}.safetensors")
+        return self._file(".safetensors", "cut", ratio)
 
     @property
     def epochs(self) -> int:

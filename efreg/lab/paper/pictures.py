@@ -40,7 +40,7 @@ def _accuracies(rows: Sequence[Row], heading: str, what: str, *, over_speedup: b
         curves.setdefault(found[0].run, []).append((x, mean))
     label = "speedup: MACs before / MACs after" if over_speedup else figures.REMOVED
     drawn = [figures.Curve(run, *zip(*points, strict=True)) for run, points in curves.items()]
-    return figures.Panel(heading, label, drawn)
+    return figures.Panel(heading, label, drawn, speedups=over_speedup)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,9 @@ def norms(out: Path, heading: str, group: Group, found: Sequence[Norm]) -> str:
     ]
     epochs = max(group.recipe(name).settings.epochs for name in group.norms)
     subtitle = f"{group.title}: {epochs} epochs with each force, seed 0"
-    return _draw(out / f"figure3-{group.name}", panels, heading, subtitle, y_label="‖w‖₁ / largest ‖w‖₁")
+    return _draw(
+        out / f"figure3-{group.name}", panels, heading, subtitle, y_label="‖w‖₁ / largest ‖w‖₁", top=1
+    )
 
 
 def _norms(found: Sequence[Norm]) -> figures.Panel:

@@ -1,7 +1,7 @@
 """`efreg paper table3 ... figure3`: what is missing is run, then the published figures stand beside ours."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -153,7 +153,8 @@ def _figure2(out: Path, heading: str, groups: Sequence[Group], rows: list[Row], 
 
 def _figure3(out: Path, heading: str, groups: Sequence[Group], console: Console) -> None:
     """From seed 0."""
-    jobs = [Job(group, group.recipe(name), 0, out / "runs") for group in groups for name in group.norms]
+    whole = [replace(group, fine_tune=None) for group in groups]
+    jobs = [Job(group, group.recipe(name), 0, out / "runs") for group in whole for name in group.norms]
     norms = [norm for found in _each(jobs, pictures.norms_of, console) for norm in found]
     write_csv(out / "figure3.csv", map(asdict, norms))
     names = [

@@ -1,0 +1,7 @@
+"""Section 6.1: points lost right after pruning, one network at every ratio. Takes the options of `efreg paper`."""
+
+import sys
+
+from efreg.cli import main
+
+sys.exit(main(["paper", "no-finetuning", *sys.argv[1:]]))

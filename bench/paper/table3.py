@@ -1,0 +1,7 @@
+"""Table 3: the time of a training step with each force, in turns with one without. Takes the options of `efreg paper`."""
+
+import sys
+
+from efreg.cli import main
+
+sys.exit(main(["paper", "table3", *sys.argv[1:]]))

@@ -1,0 +1,421 @@
+"""`efreg paper table3 ... figure3`: the published figures are the paper's, ours are what was measured."""
+
+import csv
+import io
+import shutil
+from dataclasses import replace
+from math import nan
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+import efreg
+from efreg import reference
+from efreg.lab import data, engine, models
+from efreg.lab.paper import cuts, loops, published, recipes, reproduce, step_times, tables, unaided
+from efreg.lab.paper.cuts import Job, Row
+from efreg.lab.sweep import pruned
+
+MINE = """
+[tiny]
+title = "ResNet-14, digits"
+shown = ["table4", "no-finetuning", "figure2", "figure3"]
+norms = ["dense", "ladder"]
+model = "resnet14"
+dataset = "digits"
+batch_size = 64
+lr = 0.05
+epochs = 2
+cuts = [0.0, 0.5, "[0, 0.6, 0.5, 0.25, 0]"]
+fine_tune = { schedule = "p2", epochs = 1 }
+runs = [
+  { name = "dense" },
+  { name = "ladder", start = "dense", law = "ladder", alpha = 0.1, scope = "filter", update = "proximal" },
+]
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_digits():
+    """Every fourth of the digits: 337 and 113 images."""
+    parts = [(images[::4].clone(), labels[::4].clone()) for images, labels in data._load_digits()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "_load_digits", lambda: parts)
+        yield
+
+
+def run(what, out, text=MINE, **options):
+    """What it prints. The recipes are these."""
+    torch.set_num_threads(1)
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "recipes.toml"
+    file.write_text(text)
+    printed = io.StringIO()
+    console = Console(file=printed, width=200)
+    reproduce.run(what, out, recipes_file=file, device="cpu", console=console, **{"seeds": 1, **options})
+    return printed.getvalue()
+
+
+def rows(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory):
+    """A folder where everything that the small recipes show has been run, and what table 4 printed."""
+    out = tmp_path_factory.mktemp("paper")
+    printed = run("table4", out, seeds=2)
+    for what in ("no-finetuning", "figure2", "figure3"):
+        run(what, out, seeds=2)
+    return out, printed
+
+
+def test_published_drops_are_those_the_paper_prints_but_for_three():
+    """Table 4 in method.md: three printed drops do not fit."""
+    odd = [(r.method, r.printed_drop) for r in published.TABLE4 if r.printed_drop is not None]
+    assert odd == [("WHC", 0.15), ("GReg-1", 0.18), ("GReg-2", 0.0)]
+    for row in published.TABLE4:
+        assert row.printed_drop is None or abs(row.printed_drop - (row.base - row.pruned)) > 0.1
+
+
+@pytest.mark.parametrize(
+    "model, classes, channels, cut, speedup, macs",
+    [
+        ("resnet56", 10, 3, 0.5, "1.993", None),
+        ("resnet56", 10, 3, "[0, .52, .52, .52, 0]", "2.174", 57_729_664),
+        ("resnet56", 10, 3, 0.6, "2.615", 47_979_136),
+        ("resnet56", 10, 3, "[0, .62, .63, .62, 0]", "2.725", 46_043_776),
+        ("resnet56", 10, 3, 0.7, "3.593", None),
+        ("resnet56", 10, 3, 0.8, "5.253", None),
+        ("resnet56", 10, 1, 0.8, "5.306", None),
+        ("resnet56", 10, 1, 0.9, "11.873", None),
+        ("vgg19", 100, 3, "[0:0, 1-15:0.65]", "6.848", 58_147_100),
+        ("vgg19", 100, 3, "[0:0, 1-15:0.70]", "8.891", 44_784_324),
+        ("vgg19", 10, 3, 0.5, "3.610", None),
+        ("vgg19", 10, 3, 0.6, "5.425", None),
+    ],
+)
+def test_recipes_cut_to_the_published_speedups(model, classes, channels, cut, speedup, macs):
+    """To the last digit of method.md's table, and every cut is one that the recipes have."""
+    torch.manual_seed(0)
+    example = torch.zeros(2, channels, 32, 32)
+    network = models.build(model, classes, channels).eval()
+    left = efreg.macs(pruned(network, cut, example), example[:1])
+    assert f"{efreg.macs(network, example[:1]) / left:.3f}" == speedup
+    assert macs is None or left == macs
+    dataset = {(1, 10): "mnist", (3, 10): "cifar10", (3, 100): "cifar100"}[channels, classes]
+    groups = [g for g in recipes.read().values() if (g.base.model, g.base.dataset) == (model, dataset)]
+    spelled = {str(c).replace("0.", ".") for group in groups for c in group.cuts}
+    assert str(cut).replace("0.", ".") in spelled
+
+
+@pytest.mark.slow
+def test_resnet34_of_table_6():
+    group = recipes.read()["table6"]
+    example = torch.zeros(1, 3, 224, 224)
+    network = models.build("resnet34", 1000).eval()
+    plan = efreg.plan(network, group.cuts[0], skip=group.base.skip, example_inputs=example)
+    small = efreg.prune(network, plan, example_inputs=example)
+    assert efreg.macs(network, example) == 3_663_761_408
+    assert efreg.macs(small, example) == 2_738_917_376
+
+
+def test_recipes_are_the_papers():
+    """Tables 1 and 2 and section 6.1: both readings, both scopes, the ladder among the laws."""
+    groups = recipes.read()
+    table4, table5, table6 = (groups[name] for name in ("table4", "table5", "table6"))
+    for group, alpha, epochs, tuning in (
+        (table4, 1e-16, 200, 120),
+        (table5, 1e-11, 200, 120),
+        (table6, 1e-17, 100, 80),
+    ):
+        ours = [r.settings for r in group.recipes if r.settings.law == "electrostatic" and r.settings.alpha]
+        assert {s.alpha for s in ours} == {alpha}
+        assert {(s.refresh, s.scope) for s in ours} == {
+            (None, "weights"),
+            (1, "weights"),
+            (None, "filter"),
+            (1, "filter"),
+        }
+        assert {s.epochs for s in ours} == {epochs} and {s.weight_decay for s in ours} == {5e-4}
+        assert (group.fine_tune.epochs, group.fine_tune.schedule, group.fine_tune.alpha) == (
+            tuning,
+            "p2",
+            0.0,
+        )
+        assert "ladder" in {r.settings.law for r in group.recipes}
+    assert [g.base.batch_size for g in (groups["resnet56-mnist"], table4, table5, table6)] == [
+        256,
+        128,
+        128,
+        512,
+    ]
+    unaided_alphas = {
+        "resnet56-mnist": {1e-11},
+        "resnet56-cifar10": {1e-11, 1e-12, 1e-14},
+        "vgg19-cifar10": {1e-12},
+    }
+    for name, alphas in unaided_alphas.items():
+        ours = [
+            r.settings for r in groups[name].recipes if r.settings.law == "electrostatic" and r.settings.alpha
+        ]
+        assert {s.alpha for s in ours} == alphas
+        assert {s.weight_decay for s in ours} == {0.0} and {(s.schedule, s.epochs) for s in ours} == {
+            ("p1", 200)
+        }
+        assert {1e-2} == {r.settings.alpha for r in groups[name].recipes if r.name == "L1, 1e-2"}
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("lr = 0.05", "speed = 3", "group tiny: run 'dense': unknown setting speed: there are alpha, "),
+        ('title = "ResNet-14, digits"', "", "group tiny: 'title' is missing"),
+        ('name = "ladder"', 'name = "dense"', "two runs are called 'dense': give each a name"),
+        ('start = "dense"', 'start = "dnse"', "run 'ladder' starts from 'dnse': no run above is called so"),
+        ('norms = ["dense", "ladder"]', 'norms = ["l"]', "norms names the run 'l', which is not there"),
+        ('"figure3"]', '"figure4"]', "shown names 'figure4': there are table4, "),
+        ('law = "ladder"', 'law = "lader"', "run 'ladder': unknown law 'lader'"),
+        ("alpha = 0.1", "alpha = -1", "run 'ladder': alpha"),
+        ("epochs = 2", "epochs = 0", "run 'dense' has no epochs: random weights are no network to cut"),
+        ('schedule = "p2"', 'schedule = "p3"', "group tiny: fine_tune: unknown schedule 'p3'"),
+        ("[tiny]", "[tiny", "is no TOML"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_named(old, new, message, tmp_path):
+    assert MINE.count(old) == 1
+    file = tmp_path / "mine.toml"
+    file.write_text(MINE.replace(old, new))
+    with pytest.raises(ValueError, match=str(file)) as caught:
+        recipes.read(file)
+    assert message in str(caught.value)
+
+
+def test_no_recipes(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file .*nothing.toml: --recipes names a file like"):
+        recipes.read(tmp_path / "nothing.toml")
+
+
+def test_a_row_is_what_training_pruning_and_tuning_by_hand_give(reproduced):
+    """Both runs, step by step through the library: the force goes on from the dense network."""
+    out, _ = reproduced
+    found = {(r["run"], r["seed"], r["ratio"]): r for r in rows(out / "no-finetuning.csv")}
+    group = recipes.read(out / "recipes.toml")["tiny"].on("data", "cpu")
+    dense = engine.Run(replace(group.base, seed=1))
+    list(dense.epochs())
+    efreg.save(dense.model, out / "by-hand.safetensors")
+    forced = engine.Run(
+        replace(group.recipe("ladder").settings, seed=1, weights=str(out / "by-hand.safetensors"))
+    )
+    list(forced.epochs())
+    test, example = data.load("digits").test, torch.zeros(2, 1, 8, 8)
+    for name, network in (("dense", dense.model), ("ladder", forced.model)):
+        row = found[name, "1", "[0, 0.6, 0.5, 0.25, 0]"]
+        plan = efreg.plan(network, "[0, 0.6, 0.5, 0.25, 0]", example_inputs=example)
+        small = efreg.prune(network, plan, example_inputs=example)
+        assert float(row["before"]) == engine.evaluate(network, test)[1]
+        assert float(row["accuracy"]) == engine.evaluate(small, test)[1]
+        assert int(row["macs"]) == efreg.macs(small, example[:1])
+        assert int(row["macs_before"]) == efreg.macs(network, example[:1])
+        efreg.save(small, out / "small.safetensors")
+        tuned = engine.Run(replace(group.fine_tune, seed=1, weights=str(out / "small.safetensors")))
+        list(tuned.epochs())
+        assert float(row["fine_tuned"]) == engine.evaluate(tuned.model, test)[1]
+    assert {r["epochs"] for r in found.values()} == {"2"}
+
+
+def test_the_table_has_published_and_ours_by_speedup(reproduced):
+    out, printed = reproduced
+    text = (out / "table4.md").read_text(encoding="utf-8")
+    assert text in printed
+    lines = rows(out / "table4.csv")
+    assert len(lines) == len(published.TABLE4) + 2 * 3
+    speedups = [round(float(line["speedup"]), 2) for line in lines]
+    assert speedups == sorted(speedups)
+    assert "| electrostatic (p) | 94.05 | 93.57 | 0.48 | 2.73× |" in text
+    assert "| WHC | 93.59 | 93.74 | -0.15[1] | 2.11× |" in text and "[1] The paper prints 0.15." in text
+    ours = [line for line in lines if line["source"] == "ours"]
+    assert {line["n"] for line in ours} == {"2"} and {line["epochs"] for line in ours} == {"2 + 1"}
+
+
+def row(run="x", seed=0, ratio="0.5", before=90.0, accuracy=60.0, fine_tuned=nan, macs=50, **more):
+    return Row(
+        "g", run, seed, ratio, before, accuracy, 70.0, fine_tuned, 100, macs, 3, 1, "float32", "cpu", **more
+    )
+
+
+def test_a_line_of_ours_is_a_mean_over_seeds():
+    """Drops 2 and 4: mean 3; pruned 88 and 90: standard deviation √2."""
+    found = [row(before=92, fine_tuned=88), row(seed=1, before=92, fine_tuned=90)]
+    (line,) = tables.lines([], found)
+    assert (line.base, line.pruned, line.drop, line.n, line.speedup) == (92, 89, 3, 2, 2)
+    assert line.deviation == pytest.approx(2**0.5)
+    assert (
+        "| **x** | 92.00 | 89.00 ± 1.41 | 3.00 | 2.00× | 60.00 | 2 | 3 + 1 | float32, cpu |"
+        in tables.table("", [line])
+    )
+
+
+def test_a_diverged_run_is_said_to_be():
+    lines = tables.lines([], [row(before=nan, accuracy=nan, macs=0)])
+    assert "| **x** | diverged |  |  |  |  | 1 | 3 + 1 | float32, cpu |" in tables.table("", lines)
+    assert "| **x** | diverged |" in unaided.table("", {"g": "net"}, [row(before=nan, accuracy=nan, macs=0)])
+
+
+def test_points_lost_stand_under_their_speedup():
+    found = [row(macs=28, accuracy=80.0), row(macs=19, accuracy=60.0), row(macs=19, accuracy=64.0, seed=1)]
+    found += [row(macs=28, accuracy=82.0, seed=1)]
+    text = unaided.table("", {"g": "ResNet-56, CIFAR-10"}, found)
+    head = next(line for line in text.splitlines() if line.startswith("| method | before % | 2.12×"))
+    ours = next(line for line in text.splitlines() if line.startswith("| **x**"))
+    paper = next(line for line in text.splitlines() if line.startswith("| the paper: electrostatic, 1e-12"))
+    cells = [[cell.strip() for cell in line.split("|")] for line in (head, ours, paper)]
+    lost = {speedup: (a, b) for speedup, a, b in zip(*cells, strict=True)}
+    assert lost["3.57×"] == ("9.00 ± 1.41", "8.48 (3.59×)")
+    assert lost["5.26×"] == ("28.00 ± 2.83", "27.73 (5.25×)")
+
+
+def test_the_pictures(reproduced):
+    out, _ = reproduced
+    for name in ("figure2-tiny", "figure3-tiny"):
+        with Image.open(out / f"{name}.png") as picture:
+            assert picture.format == "PNG" and min(picture.size) >= 600
+        assert (out / f"{name}.svg").read_text(encoding="utf-8").count("<svg") == 1
+    assert {r["run"] for r in rows(out / "figure2.csv")} == {"dense", "ladder"}
+
+
+def test_figure_3_shows_sorted_norms(reproduced):
+    out, _ = reproduced
+    found = rows(out / "figure3.csv")
+    group = recipes.read(out / "recipes.toml")["tiny"].on("data", "cpu")
+    network = cuts.train(Job(group, group.recipe("ladder"), 0, out / "runs"), lambda _: None)
+    norms = network.layer1[1].conv1.weight.detach().double().abs().sum((1, 2, 3)).sort(descending=True).values
+    ours = [float(r["norm"]) for r in found if (r["run"], r["layer"]) == ("ladder", "layer1.1.conv1")]
+    torch.testing.assert_close(torch.tensor(ours).double(), norms / norms[0], rtol=1e-6, atol=0)
+    assert {r["layer"] for r in found} == {"layer1.0.conv1", "layer1.1.conv1"}
+
+
+def test_what_is_there_is_not_run_again(reproduced, monkeypatch):
+    out, _ = reproduced
+    monkeypatch.setattr(engine, "train_epoch", lambda *_: pytest.fail("trained again"))
+    before = (out / "table4.csv").read_bytes()
+    run("table4", out, seeds=2)
+    assert (out / "table4.csv").read_bytes() == before
+
+
+def test_an_interrupted_table_loses_one_epoch(reproduced, tmp_path, monkeypatch):
+    """Broken off in the second epoch of the second run: three epochs of training are not done again."""
+    good, done = engine.train_epoch, []
+
+    def interrupted(model, optimizer, images, settings, epoch, *more):
+        done.append((settings.law, settings.schedule, epoch))
+        if done == [("electrostatic", "cosine", 0), ("electrostatic", "cosine", 1)]:
+            raise KeyboardInterrupt
+        return good(model, optimizer, images, settings, epoch, *more)
+
+    monkeypatch.setattr(engine, "train_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("table4", tmp_path)
+    run("table4", tmp_path)
+    assert done.count(("electrostatic", "cosine", 0)) == 1
+    one = [r for r in rows(reproduced[0] / "no-finetuning.csv") if r["seed"] == "0"]
+    run("no-finetuning", tmp_path)
+    assert rows(tmp_path / "no-finetuning.csv") == one
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_scaled_table_says_so(tmp_path):
+    text = MINE.replace("epochs = 2", "epochs = 8").replace("epochs = 1 }", "epochs = 40 }")
+    printed = run("table4", tmp_path, text=text.replace('"[0, 0.6, 0.5, 0.25, 0]"', ""), epochs_scale=0.25)
+    assert "### Table 4: ResNet-56 on CIFAR-10, pruned and fine-tuned (ours in 0.25 of the epochs)" in printed
+    assert {r["epochs"] for r in rows(tmp_path / "table4.csv") if r["source"] == "ours"} == {"2 + 10"}
+
+
+def test_a_run_that_diverges_is_said_and_the_rest_goes_on(tmp_path, monkeypatch):
+    good = engine.train_epoch
+    monkeypatch.setattr(
+        engine, "train_epoch", lambda *given: (nan, 1.0) if given[3].law == "ladder" else good(*given)
+    )
+    printed = run("table4", tmp_path)
+    assert "ResNet-14, digits, ladder, seed 0: the loss is not finite in epoch 1" in printed
+    assert "| **ladder** | diverged |" in printed and "| **dense** |" in printed
+    run("figure2", tmp_path)
+
+
+def test_groups_without_data_are_left_out_unless_they_are_named(tmp_path):
+    text = MINE.replace('dataset = "digits"', 'dataset = "cifar10"')
+    printed = run("table4", tmp_path, text=text, data_folder="nowhere")
+    assert "tiny is left out: no cifar10 in nowhere" in printed
+    assert "| electrostatic (p) | 94.05 |" in (tmp_path / "table4.md").read_text(encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match="no cifar10 in nowhere"):
+        run("table4", tmp_path, text=text, data_folder="nowhere", only=["tiny"])
+    weights = MINE.replace("lr = 0.05", 'lr = 0.05\nweights = "w.th"\nweights_from = "there"')
+    with pytest.raises(
+        FileNotFoundError, match="no w.th in data: put the weights of ResNet-14, digits there"
+    ):
+        run("table4", tmp_path, text=weights, only=["tiny"])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"seeds": 0}, "seeds is 0: it must be at least 1"),
+        ({"epochs_scale": 0.0}, "the scale of the epochs is 0: it is a share"),
+        ({"epochs_scale": 2.0}, "the scale of the epochs is 2: it is a share"),
+        ({"only": ["x"]}, "table4 has no group 'x': there are tiny"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_asked(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run("table4", tmp_path, **options)
+
+
+def test_a_damaged_file_is_named(reproduced, tmp_path):
+    shutil.copytree(reproduced[0], tmp_path / "out")
+    path = next((tmp_path / "out" / "runs").glob("tiny-ladder-*.csv"))
+    path.write_text(path.read_text().splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match=f"{path} is not whole: remove it, and it is made again"):
+        run("table4", tmp_path / "out", seeds=2)
+
+
+def test_zero_epochs_take_the_first_weights(tmp_path, reproduced):
+    """A run that starts from another one and is not trained is that one."""
+    text = MINE.replace('start = "dense", law = "ladder", alpha = 0.1', 'start = "dense", epochs = 0')
+    text = text.replace(', scope = "filter", update = "proximal"', "")
+    run("figure3", tmp_path, text=text)
+    group = recipes.read(tmp_path / "recipes.toml")["tiny"].on("data", "cpu")
+    first, same = (cuts.train(Job(group, r, 0, tmp_path / "runs"), lambda _: None) for r in group.recipes)
+    for a, b in zip(first.state_dict().values(), same.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_step_times_are_paired(monkeypatch, tmp_path):
+    """On a clock that each method moves by its own step: the ratios are those of the clock."""
+    small = step_times.Network("small", "ResNet-56, CIFAR-10", lambda: models.resnet14(), 3, 2)
+    monkeypatch.setattr(step_times, "NETWORKS", (small,))
+    taken = iter(range(10**6))
+    monkeypatch.setattr(step_times, "_seconds", lambda step, device: (step(), 1.0 + next(taken) % 6)[1])
+    monkeypatch.setattr(reproduce, "TIMED_STEPS", 4)
+    run("table3", tmp_path)
+    found = rows(tmp_path / "table3.csv")
+    assert [float(r["ratio"]) for r in found] == [1, 2, 3, 4, 5, 6]
+    text = (tmp_path / "table3.md").read_text(encoding="utf-8")
+    assert "| ResNet-56, CIFAR-10 | electrostatic, the paper's loop | 4.91 | ×4.68 | 3000 | ×3.000 |" in text
+    with pytest.raises(ValueError, match="table3 has no network 'x': there are small"):
+        run("table3", tmp_path, only=["x"])
+
+
+def test_the_papers_loop_pulls_as_the_library_does():
+    """The gradients of both, in float64."""
+    torch.manual_seed(0)
+    model = torch.nn.Conv2d(3, 5, 3).double()
+    loops.paper_loop([model.weight])
+    magnitude, sign, _ = reference.measure(model.weight.detach())
+    pulled = torch.zeros_like(model.weight)
+    coefficients = loops.LAW.coefficients(efreg.Charges(magnitude, sign, 27))
+    reference.pull(pulled, model.weight.detach(), coefficients)
+    torch.testing.assert_close(model.weight.grad, pulled, rtol=1e-9, atol=0)
