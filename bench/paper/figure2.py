@@ -1,4 +1,4 @@
-"""Figure 2: accuracy against ratio and speedup, nothing trained again. Takes the options of `efreg paper`."""
+"""Figure 2: accuracy against ratio and speedup, nothing trained again. Options: those of `efreg paper`."""
 
 import sys
 

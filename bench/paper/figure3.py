@@ -1,4 +1,4 @@
-"""Figure 3: the L1 norms of the filters of two layers. Takes the options of `efreg paper`."""
+"""Figure 3: the L1 norms of the filters of two layers. Options: those of `efreg paper`."""
 
 import sys
 

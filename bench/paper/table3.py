@@ -1,4 +1,4 @@
-"""Table 3: the time of a training step with each force, in turns with one without. Takes the options of `efreg paper`."""
+"""Table 3: the time of a training step with each force. Options: those of `efreg paper`."""
 
 import sys
 

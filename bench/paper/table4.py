@@ -1,4 +1,4 @@
-"""Table 4: ResNet-56 on CIFAR-10, trained with a force, pruned, fine-tuned. Takes the options of `efreg paper`."""
+"""Table 4: ResNet-56 on CIFAR-10, pruned and fine-tuned. Options: those of `efreg paper`."""
 
 import sys
 

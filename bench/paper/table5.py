@@ -1,4 +1,4 @@
-"""Table 5: VGG-19 on CIFAR-100, trained with a force, pruned, fine-tuned. Takes the options of `efreg paper`."""
+"""Table 5: VGG-19 on CIFAR-100, pruned and fine-tuned. Options: those of `efreg paper`."""
 
 import sys
 

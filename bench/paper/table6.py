@@ -1,4 +1,4 @@
-"""Table 6: ResNet-34 on ImageNet, trained with a force, pruned, fine-tuned. Takes the options of `efreg paper`."""
+"""Table 6: ResNet-34 on ImageNet, pruned and fine-tuned. Options: those of `efreg paper`."""
 
 import sys
 
