@@ -1,4 +1,4 @@
-"""Section 6.1: points lost right after pruning, one network at every ratio. Options: those of `efreg paper`."""
+"""Section 6.1: points lost right after pruning, one network, all ratios. Options: those of `efreg paper`."""
 
 import sys
 
