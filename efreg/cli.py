@@ -225,6 +225,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, help="(128)")
     add("--precision", help="float32, bfloat16, or auto: bfloat16 where the device has it (float32)")
     add("--channels-last", action="store_true", help="lay images out channels last, faster on most devices")
+    add("--step", help="eager, compile: forward and loss compiled, or graph: all of it a CUDA graph (eager)")
     add("--held-out", type=int, metavar="N", help="test on N training images, which are not trained on (0)")
     add("--weight-decay", type=float, help="(0)")
     add("--seed", type=int, help="(0)")

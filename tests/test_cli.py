@@ -245,7 +245,7 @@ def test_every_option_reaches_the_settings(monkeypatch):
         "--refresh 3 --update proximal --backend reference --ratio 0.65 --skip 1.0 2.1 --schedule p2 "
         "--epochs 7 --lr 0.2 --batch-size 9 --weight-decay 5e-4 --seed 4 --device cpu --out there "
         "--scope filter --power 2 --alpha-schedule cosine --alpha-until 0.5 --precision auto --channels-last "
-        "--held-out 100"
+        "--step compile --held-out 100"
     )
     assert cli.main(line.split()) == 0
     settings, out, options = seen[0]
@@ -272,6 +272,7 @@ def test_every_option_reaches_the_settings(monkeypatch):
         "batch_size": 9,
         "precision": "auto",
         "channels_last": True,
+        "step": "compile",
         "held_out": 100,
         "weight_decay": 5e-4,
         "seed": 4,

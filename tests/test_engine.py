@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import nn
 
 import efreg
-from efreg.lab import checkpoints, data, engine, models, training
+from efreg.lab import checkpoints, data, engine, graphs, models, training
 from efreg.lab.checkpoints import Checkpoint, Settings
 
 WAYS = {
@@ -555,6 +555,112 @@ def test_weights_that_do_not_fit(tmp_path):
         engine.Run(settings(weights=str(path)))
 
 
+@pytest.mark.parametrize(
+    "changes, found",
+    [({"refresh": 2}, "--refresh 2"), ({"alpha_schedule": "cosine"}, "--alpha-schedule cosine")],
+)
+def test_what_a_graph_does_not_count_is_refused(changes, found):
+    with pytest.raises(ValueError, match=f"a CUDA graph cannot be had with {found}: use --step compile"):
+        engine.step_of(settings(step="graph", **changes), torch.device("cuda"))
+    engine.step_of(settings(step="graph", refresh=1), torch.device("cuda"))
+
+
+def test_a_run_for_a_graph_does_not_go_on_without_one():
+    """A checkpoint of a GPU, on another device."""
+    chosen = settings(step="graph")
+    model = engine.build(chosen, 10, (1, 8, 8))
+    with pytest.raises(ValueError, match="a CUDA graph cannot be had with the device cpu"):
+        engine.Run(chosen, Checkpoint(chosen, 10, (1, 8, 8), model.state_dict()))
+
+
+class Small(nn.Sequential):
+    """A network that is compiled quickly."""
+
+    def __init__(self, num_classes, in_channels):
+        super().__init__(
+            nn.Conv2d(in_channels, 6, 3),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Conv2d(6, 4, 3),
+            nn.Flatten(),
+            nn.Linear(64, num_classes),
+        )
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Settings of runs on such a network, all in float64."""
+    monkeypatch.setitem(models.MODELS, "small", Small)
+    torch.set_default_dtype(torch.float64)
+    yield settings(model="small", alpha=1e-10, epochs=2)
+    torch.set_default_dtype(torch.float32)
+
+
+def test_compiled_steps_are_the_same(small, monkeypatch):
+    """To the bit where captured operations run as they are; one capture a size of batch, all sizes fixed."""
+    captured, compile = [], torch.compile
+
+    def as_it_is(graph, inputs):
+        captured.append(inputs)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend=as_it_is, **options))
+    eager, compiled = engine.Run(small), engine.Run(replace(small, step="compile"))
+    assert without_times(eager.epochs()) == without_times(compiled.epochs())
+    assert equal(eager.model.state_dict(), compiled.model.state_dict())
+    assert len(captured) == 2
+    assert all(isinstance(x, torch.Tensor) for inputs in captured for x in inputs)
+
+
+@pytest.mark.slow
+def test_compiled_code_trains_as_eager_code_does(small):
+    """Six steps in float64: another order of sums changes 1e-16 a step, which stays below 1e-10."""
+    eager, compiled = engine.Run(small), engine.Run(replace(small, step="compile"))
+    for run in (eager, compiled):
+        list(run.epochs())
+    for name, weight in eager.model.state_dict().items():
+        torch.testing.assert_close(compiled.model.state_dict()[name], weight, rtol=1e-10, atol=1e-10)
+
+
+class Recorded:
+    """Stands for a CUDA graph: it takes the step again, from what it was told to read."""
+
+    def __init__(self):
+        self.captures = self.replays = 0
+
+    def capture(self, work):
+        self.captures += 1
+
+        def replay():
+            self.replays += 1
+            work()
+
+        return replay
+
+
+@pytest.mark.parametrize("update", ["gradient", "proximal"])
+def test_replayed_steps_are_the_same(small, update, monkeypatch):
+    """What a graph reads is each batch and each learning rate; the last batch of an epoch, with 41 of 64, and
+    the first three steps are taken without it. Rates are powers of two, which float32 holds exactly.
+    """
+    recorded = Recorded()
+    monkeypatch.setattr(graphs, "capture", recorded.capture)
+    monkeypatch.setattr(graphs, "aside", lambda work: work())
+    monkeypatch.setitem(engine.SCHEDULES, "halves", lambda progress: 2.0 ** -int(9 * progress))
+    monkeypatch.setattr(engine, "_check_graph", lambda *_: None)
+    chosen = replace(small, epochs=3, schedule="halves", lr=0.0625, update=update, step="graph")
+    eager, graphed = engine.Run(chosen), engine.Run(chosen)
+    eager._step = engine.train_step
+    rates = []
+    rows = graphed.epochs(lambda: rates.append(graphed.optimizer.param_groups[0]["lr"]))
+    assert without_times(eager.epochs()) == without_times(rows)
+    assert [type(rate) for rate in rates] == [float] * 9  # none of the graph's stays behind
+    assert equal(eager.optimizer.state_dict(), graphed.optimizer.state_dict())
+    assert equal(eager.model.state_dict(), graphed.model.state_dict())
+    assert (recorded.captures, recorded.replays) == (1, 3)
+    assert graphed.optimizer.param_groups[0]["fused"]
+
+
 @pytest.fixture
 def narrow(tmp_path):
     """A file of a pruned ResNet-14, and the network in it."""
@@ -659,6 +765,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(step, force, tmp_path, monkeypat
         ({"alpha_until": 0.5}, "a constant alpha has no end: name an --alpha-schedule, or drop --alpha-u"),
         ({"alpha_until": 0.0}, "alpha_until is 0.0: it is a share of the training, in .0, 1.$"),
         ({"precision": "float8"}, "unknown precision 'float8': there are float32, bfloat16, auto"),
+        ({"step": "jump"}, "unknown step 'jump': there are eager, compile, graph"),
+        ({"step": "graph"}, "a CUDA graph cannot be had with the device cpu: use --step compile or eager"),
         ({"lr": -1.0}, "-1"),
         ({"weight_decay": -1.0}, "-1"),
     ],

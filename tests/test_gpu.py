@@ -8,6 +8,7 @@ the backends.
 """
 
 import copy
+import dataclasses
 import functools
 import math
 import os
@@ -329,6 +330,33 @@ def test_a_captured_step_replays_as_eager_steps_do(name, update, refresh, whole)
             steps[i % 2]()
         ends.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
     torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def in_float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_flush_denormal(False)
+
+
+@only_on_a_gpu
+@pytest.mark.parametrize("update", ["gradient", "proximal"])
+@pytest.mark.parametrize("refresh", [None, 1])
+def test_epochs_of_graphs_are_epochs_of_steps(in_float64, update, refresh):
+    """21 batches of 64 digits and one of 3, twice; the rate is a power of two, exact in float32."""
+    pytest.importorskip("sklearn")
+    from efreg.lab import checkpoints, engine
+
+    force = {"alpha": 1e-13, "update": update, "refresh": refresh}
+    course = {"epochs": 2, "batch_size": 64, "schedule": "constant", "lr": 0.0625}
+    chosen = checkpoints.Settings(model="resnet14", device="cuda", **force, **course)
+    ends = []
+    for step in ("eager", "graph"):
+        run = engine.Run(dataclasses.replace(chosen, step=step))
+        assert all(math.isfinite(row["loss"]) for row in run.epochs())
+        ends.append(torch.cat([tensor.double().flatten() for tensor in run.model.state_dict().values()]))
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-9)
 
 
 @only_on_a_gpu

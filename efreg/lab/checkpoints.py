@@ -19,7 +19,7 @@ class Settings:
 
     lr None is the schedule's own; ratio, ratios and skip name the layers that the force acts on. power is the
     ladder's. alpha follows alpha_schedule over the share alpha_until of the training. held_out training
-    images are not trained on and take the place of the test images.
+    images are not trained on and take the place of the test images. step is how a step is carried out.
     """
 
     dataset: str = "digits"
@@ -42,6 +42,7 @@ class Settings:
     batch_size: int = 128
     precision: str = "float32"
     channels_last: bool = False
+    step: str = "eager"
     held_out: int = 0
     weight_decay: float = 0.0
     seed: int = 0

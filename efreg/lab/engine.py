@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import efreg
 from efreg.lab import checkpoints, data, models
 from efreg.lab.checkpoints import Checkpoint, Settings
+from efreg.lab.graphs import GraphedStep
 from efreg.lab.logs import Row
 
 logger = logging.getLogger("efreg")
@@ -48,6 +50,12 @@ ALPHA_SCHEDULES: dict[str, Callable[[float, int], efreg.schedules.Schedule]] = {
 PRECISIONS = ("float32", "bfloat16", "auto")
 """What a network computes in; its weights are float32. "auto" is bfloat16 where the device has it."""
 
+STEPS = ("eager", "compile", "graph")
+"""How a step is carried out: operation by operation, forward and loss compiled, or as one CUDA graph."""
+
+Step = Callable[..., Tensor]
+"""A function with the arguments and the result of `train_step`."""
+
 
 class Diverged(RuntimeError):
     """Training met a loss that is not finite."""
@@ -66,6 +74,7 @@ class Run:
         torch.set_flush_denormal(True)  # weights near zero make denormals in the momentum: steps 10x slower
         self.settings, self.device = settings, device_named(settings.device)
         self.dtype = dtype_of(settings.precision, self.device)
+        self._step = step_of(settings, self.device)
         self.history: list[Row] = list(checkpoint.history) if checkpoint else []
         info = data.info(settings.dataset, settings.data)
         weights = _first_weights(settings, checkpoint)
@@ -115,7 +124,14 @@ class Run:
         for epoch in range(self.epoch, self.settings.epochs):
             start = time.perf_counter()
             loss, accuracy = train_epoch(
-                self.model, self.optimizer, self.data.train, self.settings, epoch, tick, self.dtype
+                self.model,
+                self.optimizer,
+                self.data.train,
+                self.settings,
+                epoch,
+                tick,
+                self.dtype,
+                self._step,
             )
             test_loss, test_accuracy = evaluate(self.model, self.data.test, dtype=self.dtype)
             if not (math.isfinite(loss) and math.isfinite(test_loss)):
@@ -174,15 +190,53 @@ def force_options(settings: Settings, steps: int) -> dict[str, Any]:
 
 
 def sgd(model: nn.Module, settings: Settings) -> torch.optim.SGD:
-    """SGD with momentum 0.9, as the paper trains."""
+    """SGD with momentum 0.9, as the paper trains; for a graph fused, which reads the rate on the device."""
     return torch.optim.SGD(
-        model.parameters(), start_lr(settings), momentum=0.9, weight_decay=settings.weight_decay
+        model.parameters(),
+        start_lr(settings),
+        momentum=0.9,
+        weight_decay=settings.weight_decay,
+        fused=True if settings.step == "graph" else None,
     )
 
 
 def start_lr(settings: Settings) -> float:
     """The learning rate of the first step."""
     return START_LR.get(settings.schedule, 0.1) if settings.lr is None else settings.lr
+
+
+def loss_of(model: nn.Module, inputs: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The mean cross-entropy of a batch, and the logits, made in `dtype`."""
+    with _computing(dtype, inputs.device):
+        logits = _full(model(inputs))
+    return F.cross_entropy(logits, labels), logits
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    inputs: Tensor,
+    labels: Tensor,
+    dtype: torch.dtype = torch.float32,
+    *,
+    forward: Callable[..., tuple[Tensor, Tensor]] = loss_of,
+) -> Tensor:
+    """One step of the optimizer on the cross-entropy of a batch; the logits before it, made in `dtype`."""
+    optimizer.zero_grad()
+    loss, logits = forward(model, inputs, labels, dtype)
+    loss.backward()
+    optimizer.step()
+    return logits.detach()
+
+
+def step_of(settings: Settings, device: torch.device) -> Step:
+    """What takes a step in the way that the settings name. Raises ValueError where it cannot be had."""
+    if settings.step == "compile":
+        return partial(train_step, forward=torch.compile(loss_of, dynamic=False, fullgraph=True))
+    if settings.step == "graph":
+        _check_graph(settings, device)
+        return GraphedStep(train_step, settings.batch_size)
+    return train_step
 
 
 def train_epoch(
@@ -193,35 +247,20 @@ def train_epoch(
     epoch: int,
     tick: Callable[[], None] = lambda: None,
     dtype: torch.dtype = torch.float32,
+    step: Step = train_step,
 ) -> tuple[float, float]:
     """One pass over the images: mean loss, and accuracy in percent, as met on the way."""
     torch.manual_seed(data.seed_of(settings.seed, epoch))
     model.train()
     steps = steps_per_epoch(images, settings)
     tally = _Tally()
-    for step, (inputs, labels) in enumerate(images.epoch(settings.batch_size, settings.seed, epoch)):
-        share = (epoch * steps + step) / (settings.epochs * steps)
+    for done, (inputs, labels) in enumerate(images.epoch(settings.batch_size, settings.seed, epoch)):
+        share = (epoch * steps + done) / (settings.epochs * steps)
         for group in optimizer.param_groups:
             group["lr"] = start_lr(settings) * SCHEDULES[settings.schedule](share)
-        tally.add(train_step(model, optimizer, inputs, labels, dtype), labels)
+        tally.add(step(model, optimizer, inputs, labels, dtype), labels)
         tick()
     return tally.means()
-
-
-def train_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    inputs: Tensor,
-    labels: Tensor,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """One step of the optimizer on the cross-entropy of a batch; the logits before it, made in `dtype`."""
-    optimizer.zero_grad()
-    with _computing(dtype, inputs.device):
-        logits = _full(model(inputs))
-    F.cross_entropy(logits, labels).backward()
-    optimizer.step()
-    return logits.detach()
 
 
 def steps_per_epoch(images: data.Images, settings: Settings) -> int:
@@ -338,6 +377,8 @@ def check(settings: Settings) -> None:
         raise ValueError("a constant alpha has no end: name an --alpha-schedule, or drop --alpha-until")
     if settings.precision not in PRECISIONS:
         raise ValueError(f"unknown precision {settings.precision!r}: there are {', '.join(PRECISIONS)}")
+    if settings.step not in STEPS:
+        raise ValueError(f"unknown step {settings.step!r}: there are {', '.join(STEPS)}")
     for name in ("epochs", "batch_size"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} is {getattr(settings, name)}: it must be at least 1")
@@ -345,6 +386,17 @@ def check(settings: Settings) -> None:
         raise ValueError(f"seed is {settings.seed}: it must not be negative")
     if settings.weights is not None and not Path(settings.weights).is_file():
         raise FileNotFoundError(f"no file {settings.weights}: --weights names a file of weights")
+
+
+def _check_graph(settings: Settings, device: torch.device) -> None:
+    """Raises ValueError for a training that the replays of a CUDA graph cannot carry out."""
+    for found, fits in (
+        (f"the device {device.type}", device.type == "cuda"),
+        (f"--refresh {settings.refresh}", settings.refresh in (None, 1)),
+        (f"--alpha-schedule {settings.alpha_schedule}", settings.alpha_schedule == "constant"),
+    ):
+        if not fits:
+            raise ValueError(f"a CUDA graph cannot be had with {found}: use --step compile or eager")
 
 
 def device_named(name: str) -> torch.device:
