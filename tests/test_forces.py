@@ -81,7 +81,7 @@ def test_a_row_is_what_a_run_by_hand_gives(studied):
         assert row.accuracy == engine.evaluate(small, data.load("digits").test)[1]
         assert row.chosen_by == engine.evaluate(small, trained.data.test)[1]
         assert row.macs == efreg.macs(small, torch.zeros(1, 1, 8, 8))
-        efreg.recalibrate(small, islice(trained.data.train.batches(250), sweep.STATISTICS_BATCHES))
+        efreg.recalibrate(small, islice(trained.data.train.epoch(250, 0, 0), sweep.STATISTICS_BATCHES))
         assert row.recalibrated == engine.evaluate(small, data.load("digits").test)[1]
         dead = efreg.plan(trained.model, dead=True, example_inputs=torch.zeros(2, 1, 8, 8))
         assert row.dead == sum(layer.removed for layer in dead.layers)

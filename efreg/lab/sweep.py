@@ -20,7 +20,8 @@ RATIOS = tuple(tenth / 10 for tenth in range(10))
 """0 to 90 %."""
 
 STATISTICS_BATCHES = 40
-"""Batch-norm statistics are re-estimated on as many batches of 250 training images at most."""
+"""Batch-norm statistics are re-estimated on as many batches of 250 training images at most, cropped and flipped
+as in training: on plain images a ResNet-20 that is whole loses three points of accuracy on CIFAR-10."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,6 @@ def _cut(
     small = pruned(model, ratio, example, skip)
     accuracy = engine.evaluate(small, images.test, dtype=dtype)[1]
     macs = efreg.macs(small, example[:1])
-    efreg.recalibrate(small, islice(images.train.batches(250), STATISTICS_BATCHES))
+    efreg.recalibrate(small, islice(images.train.epoch(250, 0, 0), STATISTICS_BATCHES))
     recalibrated = engine.evaluate(small, images.test, dtype=dtype)[1]
     return Cut(ratio, accuracy, recalibrated, macs, sum(p.numel() for p in small.parameters()))
