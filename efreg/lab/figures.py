@@ -57,8 +57,8 @@ def draw_panels(
     figure = Figure(figsize=(5.6 * max(2, len(panels)), height), facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    top = 1 - (1.12 + 0.22 * rows) / height
-    figure.subplots_adjust(left=0.07, right=0.98, top=top, bottom=0.6 / height, wspace=0.06)
+    panels_top = 1 - (1.12 + 0.22 * rows) / height
+    figure.subplots_adjust(left=0.07, right=0.98, top=panels_top, bottom=0.6 / height, wspace=0.06)
     for ax, panel in zip(axes, panels, strict=True):
         _draw(ax, panel)
     axes[0].set_ylabel(y_label, color=MUTED)

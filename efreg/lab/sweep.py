@@ -20,8 +20,8 @@ RATIOS = tuple(tenth / 10 for tenth in range(10))
 """0 to 90 %."""
 
 STATISTICS_BATCHES = 40
-"""Batch-norm statistics are re-estimated on as many batches of 250 training images at most, cropped and flipped
-as in training: on plain images a ResNet-20 that is whole loses three points of accuracy on CIFAR-10."""
+"""Batch-norm statistics are re-estimated on as many batches of 250 training images at most, cropped and
+flipped as in training: on plain ones a whole ResNet-20 loses three points of accuracy on CIFAR-10."""
 
 
 @dataclass(frozen=True)
