@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import efreg
-from efreg.lab import models
+from efreg.lab import data, models
 
 NETWORKS = {
     "ResNet-56, batch 32": (models.resnet56, 32, 20),
@@ -57,3 +57,18 @@ def test_training_step(side_by_side, name, refresh):
     functions = {"without the force": step(without, batch), "with": step(model, batch)}
     what = "training step, charges " + ("fresh" if refresh else "kept")
     side_by_side(what, name, functions, relative_to="without the force", rounds=rounds)
+
+
+def test_loader(side_by_side):
+    """A batch cropped, flipped and normalised as in training, beside the step that takes it."""
+    torch.manual_seed(0)
+    info = data.INFOS["cifar10"]
+    stored = data.InMemory(
+        info, torch.randint(256, (50_000, *info.shape), dtype=torch.uint8), torch.zeros(50_000)
+    )
+    batches = stored.epoch(128, seed=0, epoch=0)
+    functions = {
+        "training step": step(models.resnet56(), 128),
+        "loader and augmentation": lambda: next(batches),
+    }
+    side_by_side("loader", "ResNet-56, batch 128", functions, relative_to="training step", rounds=10)
