@@ -222,7 +222,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     add("--schedule", help="constant, cosine, p1 or p2: the course of the learning rate (cosine)")
     add("--epochs", type=int, help="(30)")
     add("--lr", type=float, help="first learning rate (0.1, with p2 0.01)")
-    add("--batch-size", type=int, help="(128)")
+    add("--batch-size", type=int, help="of all processes together (128)")
     add("--precision", help="float32, bfloat16, or auto: bfloat16 where the device has it (float32)")
     add("--channels-last", action="store_true", help="lay images out channels last, faster on most devices")
     add("--step", help="eager, compile: forward and loss compiled, or graph: all of it a CUDA graph (eager)")

@@ -20,6 +20,7 @@ class Settings:
     lr None is the schedule's own; ratio, ratios and skip name the layers that the force acts on. power is the
     ladder's. alpha follows alpha_schedule over the share alpha_until of the training. held_out training
     images are not trained on and take the place of the test images. step is how a step is carried out.
+    batch_size counts the images of all processes together.
     """
 
     dataset: str = "digits"

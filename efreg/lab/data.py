@@ -7,7 +7,7 @@ device; image folders go through torchvision's transforms and a DataLoader.
 import copy
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -50,16 +50,35 @@ NAMES = (*INFOS, "imagefolder")
 """The data sets that can be asked for by name."""
 
 
-class Images(Protocol):
-    """One part of a data set, train or test."""
+class Part(NamedTuple):
+    """What one of several processes has of something: all of it where there is one process."""
 
-    def __len__(self) -> int: ...
+    rank: int = 0
+    processes: int = 1
+
+    def of(self, whole):
+        """Its slice of a sequence or a tensor; no process has more than one element more than another."""
+        begin, end = (len(whole) * rank // self.processes for rank in (self.rank, self.rank + 1))
+        return whole[begin:end]
+
+
+class Images(Protocol):
+    """One half of a data set, train or test."""
+
+    def __len__(self) -> int:
+        """How many there are, for all processes together."""
+
+    def share(self, part: Part) -> "Images":
+        """The same images as one of several processes sees them."""
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """Every image once, in the stored order, not augmented."""
+        """Every image once, in the stored order, not augmented; of these a process has its part."""
 
     def epoch(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
-        """Every image once, shuffled and augmented as (seed, epoch) says."""
+        """Every image once, shuffled and augmented as (seed, epoch) says.
+
+        A process has its part of every batch.
+        """
 
 
 class Data(NamedTuple):
@@ -105,6 +124,11 @@ def hold_out(data: Data, count: int) -> Data:
     return Data(data.info, images.only(order[count:]), images.only(order[:count]))
 
 
+def share(data: Data, part: Part) -> Data:
+    """The same data set as one of several processes sees it."""
+    return data._replace(train=data.train.share(part), test=data.test.share(part))
+
+
 def info(name: str, root: str | Path = "data") -> Info:
     """What the data set `name` holds, before anything is read or fetched. Raises as `load` does."""
     if name not in NAMES:
@@ -121,7 +145,7 @@ class InMemory:
     """Images held on the device as one uint8 tensor [n, C, H, W], with their labels [n]."""
 
     def __init__(self, info: Info, images: Tensor, labels: Tensor, device: torch.device | str = "cpu"):
-        self.padding = info.padding
+        self.padding, self.part = info.padding, Part()
         self.images, self.labels = images.to(device), labels.to(device)
         self.mean, self.std = (
             info.peak * torch.tensor(values, device=device).view(-1, 1, 1) for values in (info.mean, info.std)
@@ -133,11 +157,17 @@ class InMemory:
         some.images, some.labels = self.images[index], self.labels[index]
         return some
 
+    def share(self, part: Part) -> "InMemory":
+        shared = copy.copy(self)
+        shared.part = part
+        return shared
+
     def __len__(self) -> int:
         return len(self.labels)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True):
+        split = (self.part.of(whole).split(batch_size) for whole in (self.images, self.labels))
+        for images, labels in zip(*split, strict=True):
             yield self._normalise(images), labels
 
     def epoch(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
@@ -148,7 +178,7 @@ class InMemory:
             images = self.images[index]
             if self.padding:
                 images = crop_and_flip(images, self.padding, generator)
-            yield self._normalise(images), self.labels[index]
+            yield self._normalise(self.part.of(images)), self.part.of(self.labels[index])
 
     def _normalise(self, images: Tensor) -> Tensor:
         return (images - self.mean) / self.std
@@ -239,24 +269,30 @@ class Folder:
 
         self.train = ImageFolder(path, train_transform, loader=_read_image)
         self.test = ImageFolder(path, test_transform, loader=_read_image)
-        self.classes, self.device = self.test.classes, torch.device(device)
+        self.classes, self.device, self.part = self.test.classes, torch.device(device), Part()
 
     def __len__(self) -> int:
         return len(self.test)
 
+    def share(self, part: Part) -> "Folder":
+        shared = copy.copy(self)
+        shared.part = part
+        return shared
+
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        return self._load(self.test, range(len(self)), batch_size)
+        return self._load(self.test, _cut(self.part.of(range(len(self))), batch_size))
 
     def epoch(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(seed_of(seed, epoch))
         order = torch.randperm(len(self), generator=generator).tolist()
-        return self._load(_Seeded(self.train, seed, epoch), order, batch_size)
+        mine = [self.part.of(batch) for batch in _cut(order, batch_size)]
+        return self._load(_Seeded(self.train, seed, epoch), mine)
 
-    def _load(self, images, order, batch_size: int) -> Iterator[Batch]:
+    def _load(self, images, batches: list[Sequence[int]]) -> Iterator[Batch]:
+        """The images that each batch lists."""
         loader = torch.utils.data.DataLoader(
             images,
-            batch_size,
-            sampler=order,
+            batch_sampler=batches,
             num_workers=min(8, os.cpu_count() or 1),
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),
@@ -268,6 +304,10 @@ class Folder:
             # A worker puts its traceback in front of the message; ours would keep the workers from ending.
             reason = str(error).rpartition("OSError: ")[2].strip()
             raise ValueError(reason) from error.with_traceback(None)
+
+
+def _cut(order: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [order[begin : begin + size] for begin in range(0, len(order), size)]
 
 
 class _Seeded(torch.utils.data.Dataset):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import efreg
-from efreg.lab import checkpoints, data, models
+from efreg.lab import checkpoints, data, distributed, models
 from efreg.lab.checkpoints import Checkpoint, Settings
 from efreg.lab.graphs import GraphedStep
 from efreg.lab.logs import Row
@@ -65,6 +65,11 @@ class Run:
     """One training run: data, model, force and optimizer, made and checked from its settings.
 
     Where a checkpoint is given the run goes on from it, to the same bits as one that was never interrupted.
+
+    In a process group each process takes its part of every batch of the same order, and gradients, losses and
+    hits are those of the whole batch: the training is that of one process but for the order of sums, and for
+    batch norms, which see a process's part alone; the first process's running statistics are kept.
+
     Raises ValueError or FileNotFoundError, naming what is wrong, before anything has been trained.
     """
 
@@ -74,6 +79,7 @@ class Run:
         torch.set_flush_denormal(True)  # weights near zero make denormals in the momentum: steps 10x slower
         self.settings, self.device = settings, device_named(settings.device)
         self.dtype = dtype_of(settings.precision, self.device)
+        _check_parts(settings)
         self._step = step_of(settings, self.device)
         self.history: list[Row] = list(checkpoint.history) if checkpoint else []
         info = data.info(settings.dataset, settings.data)
@@ -84,15 +90,23 @@ class Run:
         self.example = _example(info.shape).to(self.device)
         self.plan = plan(self.model, settings, self.example)
         self._attach(steps=1).detach()  # what cannot be attached is refused before anything is fetched
-        self.data = data.load(settings.dataset, settings.data, download=download, device=self.device)
-        if settings.held_out:
-            self.data = data.hold_out(self.data, settings.held_out)
+        self.data = self._load(download)
         self.force = self._attach(settings.epochs * steps_per_epoch(self.data.train, settings))
         self.optimizer = sgd(self.model, settings)
+        self._replica = distributed.replicated(self.model)
         self._remains = _Remains(self.model, self.plan, self.example)
         if checkpoint and checkpoint.epoch:
             self.optimizer.load_state_dict(checkpoint.optimizer)
             self.force.load_state_dict(checkpoint.force)
+
+    def _load(self, download: bool) -> data.Data:
+        settings = self.settings
+        with distributed.first_alone():
+            images = data.load(settings.dataset, settings.data, download=download, device=self.device)
+        if settings.held_out:
+            images = data.hold_out(images, settings.held_out)
+        _check_last_batch(len(images.train), settings)
+        return data.share(images, data.Part(distributed.rank(), distributed.world_size()))
 
     def _attach(self, steps: int) -> efreg.Attachment:
         options = force_options(self.settings, steps)
@@ -124,7 +138,7 @@ class Run:
         for epoch in range(self.epoch, self.settings.epochs):
             start = time.perf_counter()
             loss, accuracy = train_epoch(
-                self.model,
+                self._replica,
                 self.optimizer,
                 self.data.train,
                 self.settings,
@@ -133,6 +147,7 @@ class Run:
                 self.dtype,
                 self._step,
             )
+            distributed.share_buffers(self.model)
             test_loss, test_accuracy = evaluate(self.model, self.data.test, dtype=self.dtype)
             if not (math.isfinite(loss) and math.isfinite(test_loss)):
                 raise Diverged(f"the loss is not finite in epoch {epoch + 1}: lower --lr or --alpha")
@@ -218,13 +233,17 @@ def train_step(
     inputs: Tensor,
     labels: Tensor,
     dtype: torch.dtype = torch.float32,
+    weight: float = 1.0,
     *,
     forward: Callable[..., tuple[Tensor, Tensor]] = loss_of,
 ) -> Tensor:
-    """One step of the optimizer on the cross-entropy of a batch; the logits before it, made in `dtype`."""
+    """One step of the optimizer on the cross-entropy of a batch; the logits before it, made in `dtype`.
+
+    weight: of the loss, where this is one process's part of a batch that does not divide evenly.
+    """
     optimizer.zero_grad()
     loss, logits = forward(model, inputs, labels, dtype)
-    loss.backward()
+    (weight * loss).backward()
     optimizer.step()
     return logits.detach()
 
@@ -232,7 +251,8 @@ def train_step(
 def step_of(settings: Settings, device: torch.device) -> Step:
     """What takes a step in the way that the settings name. Raises ValueError where it cannot be had."""
     if settings.step == "compile":
-        return partial(train_step, forward=torch.compile(loss_of, dynamic=False, fullgraph=True))
+        alone = distributed.world_size() == 1  # DistributedDataParallel breaks the graph in two
+        return partial(train_step, forward=torch.compile(loss_of, dynamic=False, fullgraph=alone))
     if settings.step == "graph":
         _check_graph(settings, device)
         return GraphedStep(train_step, settings.batch_size)
@@ -250,7 +270,7 @@ def train_epoch(
     step: Step = train_step,
 ) -> tuple[float, float]:
     """One pass over the images: mean loss, and accuracy in percent, as met on the way."""
-    torch.manual_seed(data.seed_of(settings.seed, epoch))
+    torch.manual_seed(data.seed_of(settings.seed, epoch) + distributed.rank())
     model.train()
     steps = steps_per_epoch(images, settings)
     tally = _Tally()
@@ -258,7 +278,9 @@ def train_epoch(
         share = (epoch * steps + done) / (settings.epochs * steps)
         for group in optimizer.param_groups:
             group["lr"] = start_lr(settings) * SCHEDULES[settings.schedule](share)
-        tally.add(step(model, optimizer, inputs, labels, dtype), labels)
+        whole = min(settings.batch_size, len(images) - done * settings.batch_size)
+        weight = distributed.world_size() * len(labels) / whole
+        tally.add(step(model, optimizer, inputs, labels, dtype, weight), labels)
         tick()
     return tally.means()
 
@@ -344,7 +366,10 @@ def _full(logits: Tensor) -> Tensor:
 
 
 class _Tally:
-    """Sums of loss and hits over batches, kept on the device so that no step waits for them."""
+    """Sums of loss and hits over batches, kept on the device so that no step waits for them.
+
+    The means are those of all processes.
+    """
 
     def __init__(self):
         self.count, self.loss, self.hits = 0, 0.0, 0.0
@@ -355,7 +380,8 @@ class _Tally:
         self.hits += (logits.argmax(1) == labels).sum()
 
     def means(self) -> tuple[float, float]:
-        return float(self.loss) / self.count, 100 * float(self.hits) / self.count
+        count, loss, hits = distributed.summed(self.count, float(self.loss), float(self.hits))
+        return loss / count, 100 * hits / count
 
 
 def check(settings: Settings) -> None:
@@ -388,10 +414,31 @@ def check(settings: Settings) -> None:
         raise FileNotFoundError(f"no file {settings.weights}: --weights names a file of weights")
 
 
+def _check_parts(settings: Settings) -> None:
+    """Raises ValueError for batches that the processes cannot share evenly."""
+    processes = distributed.world_size()
+    if settings.batch_size % processes:
+        raise ValueError(
+            f"{processes} processes cannot share a batch of {settings.batch_size} evenly: choose another "
+            "--batch-size, of all of them together"
+        )
+
+
+def _check_last_batch(images: int, settings: Settings) -> None:
+    """Raises ValueError for a last batch that leaves a process without an image."""
+    left, processes = images % settings.batch_size, distributed.world_size()
+    if 0 < left < processes:
+        raise ValueError(
+            f"the last batch of an epoch has {left} image{'s' * (left > 1)} for {processes} processes: "
+            "choose another --batch-size"
+        )
+
+
 def _check_graph(settings: Settings, device: torch.device) -> None:
     """Raises ValueError for a training that the replays of a CUDA graph cannot carry out."""
     for found, fits in (
         (f"the device {device.type}", device.type == "cuda"),
+        (f"{distributed.world_size()} processes", distributed.world_size() == 1),
         (f"--refresh {settings.refresh}", settings.refresh in (None, 1)),
         (f"--alpha-schedule {settings.alpha_schedule}", settings.alpha_schedule == "constant"),
     ):

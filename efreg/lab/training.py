@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 import efreg
-from efreg.lab import checkpoints, engine
+from efreg.lab import checkpoints, distributed, engine
 from efreg.lab.checkpoints import Settings
 from efreg.lab.logs import Log, Row, progress
 
@@ -23,6 +23,7 @@ def train(
 ) -> None:
     """Trains as `settings` say, or goes on with the run in the folder `out`.
 
+    Where torchrun has started several processes, they train together, and the first alone writes and prints.
     Writes checkpoint.pt and log.csv after every epoch, TensorBoard events beside them, and model.safetensors
     at the end. Raises ValueError or FileNotFoundError before anything is trained, engine.Diverged where the
     loss is no longer finite; the last checkpoint stays.
@@ -36,25 +37,36 @@ def train(
             f"no run in {out} to go on with: name its folder with --out, or drop --resume"
         )
     checkpoint = checkpoints.load(path) if resume else None
-    run = engine.Run(checkpoint.settings if checkpoint else settings, checkpoint, download=download)
+    settings = checkpoint.settings if checkpoint else settings
+    with distributed.processes(settings.device):
+        run = engine.Run(settings, checkpoint, download=download)
+        if distributed.rank():
+            for _ in run.epochs():
+                pass
+        else:
+            _record(run, out, console)
+
+
+def _record(run: engine.Run, out: Path, console: Console) -> None:
+    """Trains, writing to `out`."""
     out.mkdir(parents=True, exist_ok=True)
     console.print(f"{run.force}", highlight=False)
     console.print(f"{str(run.dtype).removeprefix('torch.')} on {run.device}", highlight=False)
-    _train(run, out, path, console)
+    _train(run, out, console)
     efreg.save(run.model, out / "model.safetensors")
     console.print(
         f"Written to {out}: {CHECKPOINT}, log.csv, tensorboard/, model.safetensors", highlight=False
     )
 
 
-def _train(run: engine.Run, out: Path, path: Path, console: Console) -> None:
+def _train(run: engine.Run, out: Path, console: Console) -> None:
     steps = engine.steps_per_epoch(run.data.train, run.settings)
     with closing(Log(out, run.history)) as log, progress(console) as bar:
         task = bar.add_task(
             "training", total=run.settings.epochs * steps, completed=run.epoch * steps, note=""
         )
         for row in run.epochs(lambda: bar.advance(task)):
-            checkpoints.save(run.checkpoint(), path)
+            checkpoints.save(run.checkpoint(), out / CHECKPOINT)
             log.add(row)
             bar.update(task, note=_note(row, "held out" if run.settings.held_out else "test"))
 
