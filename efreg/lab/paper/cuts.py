@@ -107,8 +107,8 @@ def train(job: Job, tick: runs.Tick) -> nn.Module:
         train(job.start, lambda _: None)
     if job.settings.epochs:
         runs.keep_network(job.settings, job.network, tick)
-    elif not job.network.exists():
-        efreg.save(_first_network(job.settings), job.network)
+    else:
+        runs.once(job.network, lambda: efreg.save(_first_network(job.settings), job.network))
     return _read(job.settings, job.network)
 
 
@@ -133,7 +133,8 @@ def measure(job: Job, say: Callable[[str], None], tick: runs.Tick) -> list[Row]:
     if job.rows.exists():
         tick(job.epochs)
     else:
-        write_csv(job.rows, map(asdict, _measure(job, say, tick)))
+        found = _measure(job, say, tick)
+        runs.once(job.rows, lambda: write_csv(job.rows, map(asdict, found)))
     rows = read_csv(job.rows, Row)
     if len(rows) != len(job.group.cuts):
         raise ValueError(f"{job.rows} is not whole: remove it, and it is made again")
@@ -186,8 +187,8 @@ def _fine_tuned(
     narrow = job.narrow(ratio)
     settings = replace(job.group.fine_tune, weights=str(narrow), seed=job.seed)
     tuned = narrow.with_name(f"{narrow.stem}-{runs.digest(settings)}.safetensors")
-    if not narrow.exists():
-        efreg.save(pruned(network, ratio, next(images.test.batches(2))[0], job.settings.skip), narrow)
+    example = next(images.test.batches(2))[0]
+    runs.once(narrow, lambda: efreg.save(pruned(network, ratio, example, job.settings.skip), narrow))
     try:
         runs.keep_network(settings, tuned, tick)
     except engine.Diverged:

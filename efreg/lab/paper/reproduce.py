@@ -1,13 +1,13 @@
 """`efreg paper table3 ... figure3`: what is missing is run, then the published figures stand beside ours."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from efreg.lab import data, engine
+from efreg.lab import data, distributed, engine
 from efreg.lab.checkpoints import replacing
 from efreg.lab.logs import progress, write_csv
 from efreg.lab.paper import cuts, pictures, recipes, step_times, tables, unaided
@@ -48,24 +48,56 @@ def run(
         raise ValueError(f"seeds is {seeds}: it must be at least 1")
     if not 0 < epochs_scale <= 1:
         raise ValueError(f"the scale of the epochs is {epochs_scale:g}: it is a share of them, in (0, 1]")
-    out = Path(out)
-    (out / "runs").mkdir(parents=True, exist_ok=True)
     heading = TITLES[what] + ("" if epochs_scale == 1 else f" (ours in {epochs_scale:g} of the epochs)")
-    if what == "table3":
-        return _table3(out, heading, only, engine.device_named(device), console)
-    known = _groups(recipes.read(recipes_file), what, only)
-    groups = [group.on(data_folder, device).scaled(epochs_scale) for group in known]
-    groups = [group for group in groups if _has_data(group, bool(only), console)]
-    if what == "figure3":
-        return _figure3(out, heading, groups, console)
-    rows = _rows(groups, seeds, out / "runs", console)
-    if what == "figure2":
-        return _figure2(out, heading, groups, rows, console)
-    if what == "no-finetuning":
-        text = unaided.table(heading, {group.name: group.title for group in groups}, rows)
-        return _write(out, what, text, map(asdict, rows), console)
-    lines = tables.lines(tables.PUBLISHED[what], rows)
-    _write(out, what, tables.table(heading, lines), ({**asdict(x), "drop": x.drop} for x in lines), console)
+    with distributed.processes(device):
+        output = Output(what, Path(out), heading, Console(quiet=True) if distributed.rank() else console)
+        if what == "table3":
+            return _table3(output, only, engine.device_named(device))
+        known = _groups(recipes.read(recipes_file), what, only)
+        groups = [group.on(data_folder, device).scaled(epochs_scale) for group in known]
+        groups = [group for group in groups if _has_data(group, bool(only), output)]
+        output.runs.mkdir(parents=True, exist_ok=True)
+        if what == "figure3":
+            return _figure3(output, groups)
+        show = {"figure2": _figure2, "no-finetuning": _unaided}.get(what, _fine_tuned)
+        show(output, groups, _rows(groups, seeds, output))
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a command makes, and where it writes and prints it; of several processes the first alone does."""
+
+    what: str
+    folder: Path
+    heading: str
+    console: Console
+
+    @property
+    def runs(self) -> Path:
+        """The folder of the networks and of what was measured of each."""
+        return self.folder / "runs"
+
+    def say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def table(self, text: str, rows: Iterable[dict]) -> None:
+        """The table in Markdown, and the rows behind it as CSV."""
+        self.rows(rows)
+        if not distributed.rank():
+            with replacing(self.folder / f"{self.what}.md") as file:
+                file.write(f"{text}\n".encode())
+        self.say(f"{text}\n\nWritten to {self.folder}: {self.what}.md, {self.what}.csv")
+
+    def rows(self, rows: Iterable[dict]) -> None:
+        """The rows as CSV."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not distributed.rank():
+            write_csv(self.folder / f"{self.what}.csv", rows)
+
+    def pictures(self, draw: Callable[[Group], str], groups: Sequence[Group]) -> None:
+        """One of each group; `draw` names its files."""
+        names = [] if distributed.rank() else [draw(group) for group in groups]
+        self.say(f"Written to {self.folder}: {', '.join([f'{self.what}.csv', *names])}")
 
 
 def _groups(known: dict[str, Group], what: str, only: Sequence[str]) -> list[Group]:
@@ -76,7 +108,7 @@ def _groups(known: dict[str, Group], what: str, only: Sequence[str]) -> list[Gro
     return [group for name, group in shown.items() if not only or name in only]
 
 
-def _has_data(group: Group, insist: bool, console: Console) -> bool:
+def _has_data(group: Group, insist: bool, output: Output) -> bool:
     """Whether a group's images and first weights are there. Raises FileNotFoundError where we insist."""
     base = group.base
     try:
@@ -89,75 +121,75 @@ def _has_data(group: Group, insist: bool, console: Console) -> bool:
     except FileNotFoundError as error:
         if insist:
             raise
-        console.print(f"{group.name} is left out: {error}", highlight=False, markup=False, soft_wrap=True)
+        output.say(f"{group.name} is left out: {error}")
         return False
     return True
 
 
-def _rows(groups: Sequence[Group], seeds: int, folder: Path, console: Console) -> list[Row]:
+def _rows(groups: Sequence[Group], seeds: int, output: Output) -> list[Row]:
     """Of every run of the groups from every seed."""
     jobs = [
-        Job(group, recipe, seed, folder)
+        Job(group, recipe, seed, output.runs)
         for group in groups
         for seed in range(min(seeds, group.seeds))
         for recipe in group.recipes
     ]
-    return [row for found in _each(jobs, cuts.measure, console) for row in found]
+    return [row for found in _each(jobs, cuts.measure, output) for row in found]
 
 
-def _each(jobs: Sequence[Job], function: Callable, console: Console) -> list:
+def _each(jobs: Sequence[Job], function: Callable, output: Output) -> list:
     """What the function makes of each job, under a progress bar of epochs."""
     found = []
-    with progress(console) as bar:
+    with progress(output.console) as bar:
         task = bar.add_task("epochs", total=sum(job.epochs for job in jobs), note="")
         for job in jobs:
             bar.update(task, note=str(job))
-            found.append(function(job, _say(bar.console), lambda epochs: bar.advance(task, epochs)))
+            found.append(function(job, output.say, lambda epochs: bar.advance(task, epochs)))
     return found
 
 
-def _say(console: Console) -> Callable[[str], None]:
-    return lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _write(out: Path, name: str, text: str, rows: Iterable[dict], console: Console) -> None:
-    """The table in Markdown, and the rows behind it as CSV."""
-    with replacing(out / f"{name}.md") as file:
-        file.write(f"{text}\n".encode())
-    write_csv(out / f"{name}.csv", rows)
-    _say(console)(f"{text}\n\nWritten to {out}: {name}.md, {name}.csv")
-
-
-def _table3(out: Path, heading: str, only: Sequence[str], device: torch.device, console: Console) -> None:
+def _table3(output: Output, only: Sequence[str], device: torch.device) -> None:
     networks = [network for network in step_times.NETWORKS if not only or network.name in only]
     if not networks:
         known = ", ".join(network.name for network in step_times.NETWORKS)
         raise ValueError(f"table3 has no network {only[0]!r}: there are {known}")
     found = []
-    with progress(console) as bar:
+    with progress(output.console) as bar:
         task = bar.add_task("timing steps", total=len(networks) * (TIMED_STEPS + 1), note="")
         for network in networks:
             bar.update(task, note=network.title)
             found += step_times.measure(network, device, TIMED_STEPS, lambda: bar.advance(task))
-    _write(out, "table3", step_times.table(heading, found), map(asdict, found), console)
+    output.table(step_times.table(output.heading, found), map(asdict, found))
 
 
-def _figure2(out: Path, heading: str, groups: Sequence[Group], rows: list[Row], console: Console) -> None:
-    write_csv(out / "figure2.csv", map(asdict, rows))
-    names = [
-        pictures.accuracies(out, heading, group, [r for r in rows if r.group == group.name])
-        for group in groups
-    ]
-    _say(console)(f"Written to {out}: figure2.csv, {', '.join(names)}")
+def _fine_tuned(output: Output, groups: Sequence[Group], rows: Sequence[Row]) -> None:
+    lines = tables.lines(tables.PUBLISHED[output.what], rows)
+    output.table(tables.table(output.heading, lines), ({**asdict(x), "drop": x.drop} for x in lines))
 
 
-def _figure3(out: Path, heading: str, groups: Sequence[Group], console: Console) -> None:
+def _unaided(output: Output, groups: Sequence[Group], rows: Sequence[Row]) -> None:
+    titles = {group.name: group.title for group in groups}
+    output.table(unaided.table(output.heading, titles, rows), map(asdict, rows))
+
+
+def _figure2(output: Output, groups: Sequence[Group], rows: Sequence[Row]) -> None:
+    def draw(group: Group) -> str:
+        own = [row for row in rows if row.group == group.name]
+        return pictures.accuracies(output.folder, output.heading, group, own)
+
+    output.rows(map(asdict, rows))
+    output.pictures(draw, groups)
+
+
+def _figure3(output: Output, groups: Sequence[Group]) -> None:
     """From seed 0."""
     whole = [replace(group, fine_tune=None) for group in groups]
-    jobs = [Job(group, group.recipe(name), 0, out / "runs") for group in whole for name in group.norms]
-    norms = [norm for found in _each(jobs, pictures.norms_of, console) for norm in found]
-    write_csv(out / "figure3.csv", map(asdict, norms))
-    names = [
-        pictures.norms(out, heading, group, [n for n in norms if n.group == group.name]) for group in groups
-    ]
-    _say(console)(f"Written to {out}: figure3.csv, {', '.join(names)}")
+    jobs = [Job(group, group.recipe(name), 0, output.runs) for group in whole for name in group.norms]
+    norms = [norm for found in _each(jobs, pictures.norms_of, output) for norm in found]
+
+    def draw(group: Group) -> str:
+        own = [norm for norm in norms if norm.group == group.name]
+        return pictures.norms(output.folder, output.heading, group, own)
+
+    output.rows(map(asdict, norms))
+    output.pictures(draw, groups)

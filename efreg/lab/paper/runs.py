@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import efreg
-from efreg.lab import checkpoints, engine
+from efreg.lab import checkpoints, distributed, engine
 from efreg.lab.checkpoints import Settings
 
 Tick = Callable[[int], None]
@@ -53,7 +53,8 @@ def finish(run: engine.Run, path: Path, tick: Tick) -> None:
     """Trains to the end, writing `path` after every epoch. Raises engine.Diverged."""
     tick(run.epoch)
     for _ in run.epochs():
-        checkpoints.save(run.checkpoint(), path)
+        if distributed.rank() == 0:
+            checkpoints.save(run.checkpoint(), path)
         tick(1)
 
 
@@ -68,5 +69,12 @@ def keep_network(settings: Settings, path: Path, tick: Tick) -> None:
     checkpoint = path.with_suffix(".pt")
     run = resume(settings, checkpoint)
     finish(run, checkpoint, tick)
-    efreg.save(run.model, path)
+    once(path, lambda: efreg.save(run.model, path))
     checkpoint.unlink(missing_ok=True)
+
+
+def once(path: Path, write: Callable[[], None]) -> None:
+    """Has the first process write the file, if it is not there; the others wait for it."""
+    with distributed.first_alone():
+        if not path.exists():
+            write()
