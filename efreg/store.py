@@ -19,8 +19,9 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
 
     The file appears whole or not at all. Tensors that share memory are written once. A wrapper
     (DistributedDataParallel, DataParallel, `torch.compile`) is left out. Raises FileNotFoundError where the
-    folder is missing.
+    folder is missing, OSError where the file cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_model
 
     path = Path(path)
@@ -30,6 +31,11 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     try:
         save_model(unwrap(model), str(temporary), metadata=dict(MARK))
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"cannot write {path} ({error}): free space there, or name a folder that can be written; what "
+            "was there before is untouched"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from disk import full_disk
 
 import efreg
 from efreg import cli
@@ -180,6 +181,13 @@ def test_a_bad_demo_is_refused(tmp_path, capsys):
     assert files(tmp_path) == []
     (tmp_path / "file").touch()
     assert_refused(capsys, ["demo", "--out", "file"], "file")
+
+
+def test_a_full_disk_ends_a_training_in_one_line(tmp_path, capsys):
+    line = "train --model resnet14 --epochs 1 --device cpu --out out"
+    with full_disk():
+        assert_refused(capsys, line.split(), "cannot write out/checkpoint.pt (", "free space", "untouched")
+    assert not (tmp_path / "out" / "checkpoint.pt").exists()
 
 
 def test_an_error_of_many_lines_becomes_one(monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """The training engine: schedules, logs, checkpoints, and runs that go on to the same bits after a kill."""
 
 import csv
+import errno
 import io
 import math
 import os
@@ -15,11 +16,12 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from disk import full_disk
 from rich.console import Console
 from torch import nn
 
 import efreg
-from efreg.lab import checkpoints, data, engine, graphs, models, training
+from efreg.lab import checkpoints, data, engine, graphs, logs, models, training
 from efreg.lab.checkpoints import Checkpoint, Settings
 
 WAYS = {
@@ -434,6 +436,42 @@ def test_a_write_that_breaks_off_leaves_the_old_checkpoint(error, saved, monkeyp
             checkpoints.save(checkpoint, path)
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_full_disk_is_named_and_leaves_the_old_files(saved):
+    """Whatever it is that fills the disk: torch.save, or the text of a table."""
+    table = saved.with_name("log.csv")
+    table.write_text("old")
+    before, checkpoint = saved.read_bytes(), checkpoints.load(saved)
+    with full_disk():
+        for path, write in (
+            (saved, lambda: checkpoints.save(checkpoint, saved)),
+            (table, lambda: logs.write_csv(table, [{"epoch": 1000 * "1"}] * 100)),
+        ):
+            with pytest.raises(OSError, match=rf"cannot write {path} \(.+\): free space .* untouched$"):
+                write()
+    assert (saved.read_bytes(), table.read_text()) == (before, "old")
+    assert set(saved.parent.iterdir()) == {saved, table}
+
+
+def test_a_disk_that_is_full_in_the_end(saved, monkeypatch):
+    """Some file systems say so when the last bytes go to the disk."""
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    checkpoint, before = checkpoints.load(saved), saved.read_bytes()
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=rf"cannot write {saved} \(No space left on device\): free space"):
+        checkpoints.save(checkpoint, saved)
+    assert saved.read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_written(saved):
+    with pytest.raises(
+        OSError, match=rf"cannot write {saved / 'x.pt'} \(Not a directory\): .* name a folder"
+    ):
+        checkpoints.save(checkpoints.load(saved), saved / "x.pt")
 
 
 def test_a_missing_checkpoint(tmp_path):

@@ -200,6 +200,16 @@ def test_parts_are_everything_once(length, processes):
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+@pytest.mark.parametrize("name, count", [("digits", 57), ("imagefolder", 7)])
+def test_each_process_evaluates_its_part(name, count, folder):
+    """Together they see every image once, in the stored order."""
+    images = data.load(name, "images").test
+    parts = [batch for rank in range(2) for batch in images.share(Part(rank, 2)).batches(5)]
+    found, expected = ([torch.cat(x) for x in zip(*y, strict=True)] for y in (parts, images.batches(5)))
+    assert len(found[1]) == count
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
 def torchrun(folder, *arguments):
     sources = str(Path(efreg.__file__).parents[1])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -5,6 +5,7 @@ import os
 import pytest
 import safetensors.torch
 import torch
+from disk import full_disk
 from networks import assert_same, lively, snapshot
 from torch import nn
 
@@ -134,6 +135,15 @@ def test_saving_replaces_whole_files_only(small, path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
+        efreg.save(models.resnet20(), path)
+    assert path.read_bytes() == content
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_a_full_disk_is_named_and_leaves_the_old_file(small, path):
+    efreg.save(small, path)
+    content = path.read_bytes()
+    with full_disk(), pytest.raises(OSError, match=rf"cannot write {path} \(.+\): free space .* untouched$"):
         efreg.save(models.resnet20(), path)
     assert path.read_bytes() == content
     assert os.listdir(path.parent) == [path.name]

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -76,7 +76,10 @@ class Checkpoint:
 
 @contextmanager
 def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO]:
-    """A file that takes the place of `path` in one step, once wholly on disk; not if the block raises."""
+    """A file that takes the place of `path` in one step, once wholly on disk; not if the block raises.
+
+    Raises OSError, naming `path`, where it cannot be written.
+    """
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
@@ -85,8 +88,17 @@ def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__  # torch.save hides it there
+        if not isinstance(reason, OSError):
+            raise
+        raise OSError(
+            f"cannot write {path} ({reason.strerror or reason}): free space there, or name a folder that can "
+            "be written; what was there before is untouched"
+        ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 def save(checkpoint: Checkpoint, path: str | Path) -> None:
