@@ -12,6 +12,9 @@ import torch
 from efreg import backends, stepping
 from efreg.native import BackendUnavailable
 
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
+
 hypothesis.settings.register_profile("efreg", deadline=None)  # the first example may build the C++ operations
 hypothesis.settings.load_profile("efreg")
 
