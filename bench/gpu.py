@@ -227,7 +227,8 @@ def check_memory() -> None:
 def run_tests(command: list[str], limit: float, **environment: str) -> None:
     """Runs tests/test_gpu.py. Raises AssertionError where it fails or is not over in time."""
     environment = {**os.environ, "EFREG_TEST_DEVICE": DEVICE.type, **environment}
-    command = [*command, "-m", "gpu", str(ROOT / "tests" / "test_gpu.py")]
+    here = ["-o", "addopts=--strict-markers", "-m", "gpu"]  # one process, which needs no pytest-xdist
+    command = [*command, *here, str(ROOT / "tests" / "test_gpu.py")]
     with (options.out / "gpu_tests.txt").open("a+") as file:
         begin = file.tell()
         try:

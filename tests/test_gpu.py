@@ -1,6 +1,6 @@
 """What a GPU must show: every backend against float64, the same bits a hundred times, no waiting, graphs.
 
-    TRITON_INTERPRET=0 pytest -m gpu tests/test_gpu.py
+    TRITON_INTERPRET=0 pytest -n 0 -m gpu tests/test_gpu.py
 
 The numbers are new at every run; the tests' names show the seed, and EFREG_TEST_SEED repeats it.
 EFREG_TEST_DEVICE=cpu runs what can run on the CPU, the Triton kernels interpreted: that tests this file, not
