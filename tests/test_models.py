@@ -1,11 +1,14 @@
 """The lab's networks are the paper's: sizes to the last digit, and public names."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 import efreg
-from efreg.lab import models
+from efreg.lab import checkpoints, data, engine, models
 
 
 def parameters(model):
@@ -93,3 +96,19 @@ def test_unknown_name_suggests_close_ones():
 def test_torchvision_takes_three_channels_only():
     with pytest.raises(ValueError, match="resnet18 takes 3 channels, not 1"):
         models.build("resnet18", 10, in_channels=1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "EFREG_DATA" not in os.environ, reason="EFREG_DATA names no folder of CIFAR-10 and weights/"
+)
+@pytest.mark.parametrize(
+    "name, file, accuracy",
+    [("resnet20", "resnet20-12fca82f.th", 91.73), ("resnet56", "resnet56-4bfd9763.th", 93.39)],
+)
+def test_public_weights(name, file, accuracy):
+    """Of github.com/akamaster/pytorch_resnet_cifar10, on CIFAR-10's whole test set."""
+    folder = Path(os.environ["EFREG_DATA"])
+    model = models.build(name, 10)
+    model.load_state_dict(checkpoints.load_weights(folder / "weights" / file))
+    assert engine.evaluate(model, data.load("cifar10", folder).test)[1] == pytest.approx(accuracy, abs=0.005)
