@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 
 import efreg
-from efreg.lab import checkpoints, data, engine, models, training
+from efreg.lab import checkpoints, data, distributed, engine, models, training
 from efreg.lab.checkpoints import Settings
 from efreg.lab.data import Part
 
@@ -125,7 +125,11 @@ def work(rank, folder):
     found = {name: trained(settings) for name, settings in CASES.items()}
     found["resumed"] = resumed(CASES["batch norm"])
     found["complaints"] = [complaint(replace(PLAIN, **changes)) for changes in BAD.values()]
+    found["seed"] = torch.initial_seed()
     found["recorded"] = recorded(PLAIN)
+    with distributed.first_alone():
+        found["waited"] = Path("first").exists()
+        Path("first").touch()
     torch.save(found, f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -191,6 +195,15 @@ def test_one_of_two_prints_and_writes(both, folder):
     checkpoint = checkpoints.load(folder / "run" / "checkpoint.pt")
     assert_equal((without_times(checkpoint.history), checkpoint.weights), both[0]["paper"])
     assert (folder / "run" / "log.csv").read_text().count("\n") == 3
+
+
+def test_the_first_goes_before_the_others(both):
+    """As it must where something is fetched."""
+    assert [found["waited"] for found in both] == [False, True]
+
+
+def test_each_process_drops_out_by_random_numbers_of_its_own(both):
+    assert both[1]["seed"] == both[0]["seed"] + 1
 
 
 @pytest.mark.parametrize("length, processes", [(10, 1), (10, 2), (7, 3), (2, 3), (0, 2)])
