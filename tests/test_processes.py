@@ -123,9 +123,9 @@ def work(rank, folder):
     torch.multiprocessing.set_start_method("fork", force=True)  # of loaders: as under torchrun, and quicker
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     found = {name: trained(settings) for name, settings in CASES.items()}
+    found["seed"] = torch.initial_seed()
     found["resumed"] = resumed(CASES["batch norm"])
     found["complaints"] = [complaint(replace(PLAIN, **changes)) for changes in BAD.values()]
-    found["seed"] = torch.initial_seed()
     found["recorded"] = recorded(PLAIN)
     with distributed.first_alone():
         found["waited"] = Path("first").exists()
@@ -221,6 +221,20 @@ def test_each_process_evaluates_its_part(name, count, folder):
     found, expected = ([torch.cat(x) for x in zip(*y, strict=True)] for y in (parts, images.batches(5)))
     assert len(found[1]) == count
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with (
+        pytest.raises(
+            ValueError, match="no GPU for process 1, there are 1: give torchrun --nproc-per-node 1"
+        ),
+        distributed.processes("auto"),
+    ):
+        pass
 
 
 def torchrun(folder, *arguments):
