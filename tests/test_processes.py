@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 
 import efreg
-from efreg.lab import checkpoints, data, engine, models, training
+from efreg.lab import checkpoints, data, distributed, engine, models, training
 from efreg.lab.checkpoints import Settings
 from efreg.lab.data import Part
 
@@ -123,9 +123,13 @@ def work(rank, folder):
     torch.multiprocessing.set_start_method("fork", force=True)  # of loaders: as under torchrun, and quicker
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     found = {name: trained(settings) for name, settings in CASES.items()}
+    found["seed"] = torch.initial_seed()
     found["resumed"] = resumed(CASES["batch norm"])
     found["complaints"] = [complaint(replace(PLAIN, **changes)) for changes in BAD.values()]
     found["recorded"] = recorded(PLAIN)
+    with distributed.first_alone():
+        found["waited"] = Path("first").exists()
+        Path("first").touch()
     torch.save(found, f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -193,6 +197,15 @@ def test_one_of_two_prints_and_writes(both, folder):
     assert (folder / "run" / "log.csv").read_text().count("\n") == 3
 
 
+def test_the_first_goes_before_the_others(both):
+    """As it must where something is fetched."""
+    assert [found["waited"] for found in both] == [False, True]
+
+
+def test_each_process_drops_out_by_random_numbers_of_its_own(both):
+    assert both[1]["seed"] == both[0]["seed"] + 1
+
+
 @pytest.mark.parametrize("length, processes", [(10, 1), (10, 2), (7, 3), (2, 3), (0, 2)])
 def test_parts_are_everything_once(length, processes):
     parts = [Part(rank, processes).of(range(length)) for rank in range(processes)]
@@ -208,6 +221,20 @@ def test_each_process_evaluates_its_part(name, count, folder):
     found, expected = ([torch.cat(x) for x in zip(*y, strict=True)] for y in (parts, images.batches(5)))
     assert len(found[1]) == count
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with (
+        pytest.raises(
+            ValueError, match="no GPU for process 1, there are 1: give torchrun --nproc-per-node 1"
+        ),
+        distributed.processes("auto"),
+    ):
+        pass
 
 
 def torchrun(folder, *arguments):

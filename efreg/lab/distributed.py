@@ -15,19 +15,27 @@ def processes(device: str) -> Iterator[None]:
     """Joins the processes that torchrun started for a training on `device`, and parts from them at the end.
 
     On GPUs each process takes the one of its LOCAL_RANK as the current one; they talk by NCCL, on CPUs by
-    Gloo. Without torchrun, or with one process, nothing happens.
+    Gloo. Without torchrun, or with one process, nothing happens. Raises ValueError where GPUs are too few.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    on_gpus = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+    on_gpus = torch.cuda.is_available() and device.startswith(("auto", "cuda"))
     if on_gpus:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        _take_gpu(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpus else "gloo")
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _take_gpu(index: int) -> None:
+    if index >= (count := torch.cuda.device_count()):
+        raise ValueError(
+            f"no GPU for process {index}, there are {count}: give torchrun --nproc-per-node {count}"
+        )
+    torch.cuda.set_device(index)
 
 
 def world_size() -> int:
