@@ -775,7 +775,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(step, force, tmp_path, monkeypat
         return logits
 
     monkeypatch.setattr(engine, "train_step", poisoned)
-    with pytest.raises(engine.Diverged, match="the loss is not finite in epoch 2: lower --lr or --alpha"):
+    with pytest.raises(
+        engine.Diverged, match="the loss is not finite in epoch 2: lower the learning rate or alpha"
+    ):
         train(settings(**force), tmp_path)
     checkpoint = checkpoints.load(tmp_path / "checkpoint.pt")
     assert checkpoint.epoch == 1

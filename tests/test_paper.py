@@ -14,8 +14,9 @@ from rich.console import Console
 import efreg
 from efreg import reference
 from efreg.lab import data, engine, models
-from efreg.lab.paper import cuts, loops, published, recipes, reproduce, step_times, tables, unaided
-from efreg.lab.paper.cuts import Job, Row
+from efreg.lab.checkpoints import Settings
+from efreg.lab.paper import cuts, loops, published, recipes, reproduce, runs, step_times, tables, unaided
+from efreg.lab.paper.cuts import Job, Outcome
 from efreg.lab.sweep import pruned
 
 MINE = """
@@ -73,12 +74,17 @@ def reproduced(tmp_path_factory):
     return out, printed
 
 
+PRINTED_DROPS = """0.26 0.23 1.00 0.90 0.33 0.23 0.15 0.35 -0.28 0.32 0.17 0.03 -0.36 -0.05 0.18 0.00 0.99
+0.08 0.73 0.41 0.30 0.22 0.67 0.48"""
+"""The column of Table 4, as the paper prints it."""
+
+
 def test_published_drops_are_those_the_paper_prints_but_for_three():
-    """Table 4 in method.md: three printed drops do not fit."""
-    odd = [(r.method, r.printed_drop) for r in published.TABLE4 if r.printed_drop is not None]
-    assert odd == [("WHC", 0.15), ("GReg-1", 0.18), ("GReg-2", 0.0)]
-    for row in published.TABLE4:
-        assert row.printed_drop is None or abs(row.printed_drop - (row.base - row.pruned)) > 0.1
+    printed = [float(drop) for drop in PRINTED_DROPS.split()]
+    for row, drop in zip(published.TABLE4, printed, strict=True):
+        assert (row.printed_drop is None) == (round(row.base - row.pruned, 2) == drop)
+        assert row.printed_drop in (None, drop)
+    assert sum(row.printed_drop is not None for row in published.TABLE4) == 3
 
 
 @pytest.mark.parametrize(
@@ -123,57 +129,93 @@ def test_resnet34_of_table_6():
     assert efreg.macs(small, example) == 2_738_917_376
 
 
-def test_recipes_are_the_papers():
-    """Tables 1 and 2 and section 6.1: both readings, both scopes, the ladder among the laws."""
-    groups = recipes.read()
-    table4, table5, table6 = (groups[name] for name in ("table4", "table5", "table6"))
-    for group, alpha, epochs, tuning in (
-        (table4, 1e-16, 200, 120),
-        (table5, 1e-11, 200, 120),
-        (table6, 1e-17, 100, 80),
-    ):
-        ours = [r.settings for r in group.recipes if r.settings.law == "electrostatic" and r.settings.alpha]
-        assert {s.alpha for s in ours} == {alpha}
-        assert {(s.refresh, s.scope) for s in ours} == {
-            (None, "weights"),
-            (1, "weights"),
-            (None, "filter"),
-            (1, "filter"),
-        }
-        assert {s.epochs for s in ours} == {epochs} and {s.weight_decay for s in ours} == {5e-4}
-        assert (group.fine_tune.epochs, group.fine_tune.schedule, group.fine_tune.alpha) == (
-            tuning,
-            "p2",
-            0.0,
-        )
-        assert "ladder" in {r.settings.law for r in group.recipes}
-    assert [g.base.batch_size for g in (groups["resnet56-mnist"], table4, table5, table6)] == [
-        256,
-        128,
-        128,
-        512,
-    ]
-    unaided_alphas = {
-        "resnet56-mnist": {1e-11},
-        "resnet56-cifar10": {1e-11, 1e-12, 1e-14},
-        "vgg19-cifar10": {1e-12},
+BOTH = {(None, "weights"), (1, "weights"), (None, "filter"), (1, "filter")}
+"""Readings of when charges are taken, and scopes."""
+
+
+def electrostatic(group):
+    return [r.settings for r in group.recipes if r.settings.law == "electrostatic" and r.settings.alpha]
+
+
+@pytest.mark.parametrize(
+    "name, alpha, batch_size, epochs, tuning, cuts",
+    [
+        ("table4", 1e-16, 128, 200, 120, 3),
+        ("table5", 1e-11, 128, 200, 120, 2),
+        ("table6", 1e-17, 512, 100, 80, 1),
+    ],
+)
+def test_recipes_of_the_tables_are_the_papers(name, alpha, batch_size, epochs, tuning, cuts):
+    """Tables 1 and 2, "pr + ft"; both readings, both scopes, the ladder among the laws."""
+    group = recipes.read()[name]
+    found = electrostatic(group)
+    assert {(s.alpha, s.batch_size, s.epochs, s.weight_decay, s.schedule) for s in found} == {
+        (alpha, batch_size, epochs, 5e-4, "p1")
     }
-    for name, alphas in unaided_alphas.items():
-        ours = [
-            r.settings for r in groups[name].recipes if r.settings.law == "electrostatic" and r.settings.alpha
-        ]
-        assert {s.alpha for s in ours} == alphas
-        assert {s.weight_decay for s in ours} == {0.0} and {(s.schedule, s.epochs) for s in ours} == {
-            ("p1", 200)
-        }
-        assert {1e-2} == {r.settings.alpha for r in groups[name].recipes if r.name == "L1, 1e-2"}
+    assert {(s.refresh, s.scope) for s in found} == BOTH
+    assert "ladder" in {r.settings.law for r in group.recipes}
+    assert len(group.cuts) == cuts
+    tuned = {
+        (t.epochs, t.schedule, t.alpha, t.lr, t.weight_decay) for t in (r.fine_tune for r in group.recipes)
+    }
+    assert tuned == {(tuning, "p2", 0.0, None, 5e-4)}
+    starts = {r.start for r in group.recipes if r.settings.law == "electrostatic" and r.settings.alpha}
+    assert starts == ({None} if group.weights else {None, "dense"})
+
+
+@pytest.mark.parametrize(
+    "name, alphas, batch_size",
+    [
+        ("resnet56-mnist", {1e-11}, 256),
+        ("resnet56-cifar10", {1e-11, 1e-12, 1e-14}, 128),
+        ("vgg19-cifar10", {1e-11, 1e-12, 1e-14}, 128),
+    ],
+)
+def test_recipes_without_fine_tuning_are_the_papers(name, alphas, batch_size):
+    """Table 1, "pr", and section 6.1; L1 at 1e-2."""
+    group = recipes.read()[name]
+    found = electrostatic(group)
+    assert {s.alpha for s in found} == alphas
+    assert {(s.batch_size, s.epochs, s.weight_decay, s.schedule) for s in found} == {
+        (batch_size, 200, 0, "p1")
+    }
+    assert {(s.refresh, s.scope) for s in found} == BOTH
+    assert (1e-2, "weights", "gradient") in {
+        (r.settings.alpha, r.settings.scope, r.settings.update)
+        for r in group.recipes
+        if r.settings.law == "l1"
+    }
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, g in recipes.read().items() if g.base.dataset != "imagefolder"]
+)
+def test_recipes_can_be_run(name):
+    """Every cut can be planned, every force attached; the public weights are not looked at."""
+    recipes.rehearse(replace(recipes.read()[name], weights=None))
 
 
 @pytest.mark.parametrize(
     "old, new, message",
     [
         ("lr = 0.05", "speed = 3", "group tiny: run 'dense': unknown setting speed: there are alpha, "),
-        ('title = "ResNet-14, digits"', "", "group tiny: 'title' is missing"),
+        ('title = "ResNet-14, digits"', "", "group tiny: title is missing"),
+        ("lr = 0.05", 'lr = "0.05"', "run 'dense': lr is '0.05', which is no"),
+        ("epochs = 2", "epochs = 1.5", "run 'dense': epochs is 1.5, which is no int"),
+        ('norms = ["dense", "ladder"]', "", "figure3 shows no run of it: name some as norms"),
+        (
+            "cuts = [0.0, 0.5, ",
+            "cuts = [",
+            "figure2 shows cuts by one share of all layers, such as 0.5",
+        ),
+        (
+            'fine_tune = { schedule = "p2", epochs = 1 }',
+            "",
+            "table4 shows fine-tuned networks: say",
+        ),
+        ('start = "dense",', 'model = "resnet20",', "run 'ladder': model is the group's: make another group"),
+        ('name = "ladder"', 'name = "a/b"', "'a/b' names files: take another sign than /"),
+        ('cuts = [0.0, 0.5, "[0, 0.6, 0.5, 0.25, 0]"]', 'cuts = "0.5"', "cuts is '0.5', which is no list"),
         ('name = "ladder"', 'name = "dense"', "two runs are called 'dense': give each a name"),
         ('start = "dense"', 'start = "dnse"', "run 'ladder' starts from 'dnse': no run above is called so"),
         ('norms = ["dense", "ladder"]', 'norms = ["l"]', "norms names the run 'l', which is not there"),
@@ -181,7 +223,7 @@ def test_recipes_are_the_papers():
         ('law = "ladder"', 'law = "lader"', "run 'ladder': unknown law 'lader'"),
         ("alpha = 0.1", "alpha = -1", "run 'ladder': alpha"),
         ("epochs = 2", "epochs = 0", "run 'dense' has no epochs: random weights are no network to cut"),
-        ('schedule = "p2"', 'schedule = "p3"', "group tiny: fine_tune: unknown schedule 'p3'"),
+        ('schedule = "p2"', 'schedule = "p3"', "run 'dense': fine_tune: unknown schedule 'p3'"),
         ("[tiny]", "[tiny", "is no TOML"),
     ],
 )
@@ -202,7 +244,7 @@ def test_no_recipes(tmp_path):
 def test_a_row_is_what_training_pruning_and_tuning_by_hand_give(reproduced):
     """Both runs, step by step through the library: the force goes on from the dense network."""
     out, _ = reproduced
-    found = {(r["run"], r["seed"], r["ratio"]): r for r in rows(out / "no-finetuning.csv")}
+    found = {(r["run"], r["seed"], r["ratio"]): r for r in rows(out / "figure2.csv")}
     group = recipes.read(out / "recipes.toml")["tiny"].on("data", "cpu")
     dense = engine.Run(replace(group.base, seed=1))
     list(dense.epochs())
@@ -221,10 +263,11 @@ def test_a_row_is_what_training_pruning_and_tuning_by_hand_give(reproduced):
         assert int(row["macs"]) == efreg.macs(small, example[:1])
         assert int(row["macs_before"]) == efreg.macs(network, example[:1])
         efreg.save(small, out / "small.safetensors")
-        tuned = engine.Run(replace(group.fine_tune, seed=1, weights=str(out / "small.safetensors")))
+        tuning = Settings("digits", "resnet14", batch_size=64, schedule="p2", epochs=1, seed=1, device="cpu")
+        tuned = engine.Run(replace(tuning, weights=str(out / "small.safetensors")))
         list(tuned.epochs())
         assert float(row["fine_tuned"]) == engine.evaluate(tuned.model, test)[1]
-    assert {r["epochs"] for r in found.values()} == {"2"}
+    assert {(r["run"], r["epochs"]) for r in found.values()} == {("dense", "2 + 1"), ("ladder", "2 + 2 + 1")}
 
 
 def test_the_table_has_published_and_ours_by_speedup(reproduced):
@@ -238,37 +281,62 @@ def test_the_table_has_published_and_ours_by_speedup(reproduced):
     assert "| electrostatic (p) | 94.05 | 93.57 | 0.48 | 2.73× |" in text
     assert "| WHC | 93.59 | 93.74 | -0.15[1] | 2.11× |" in text and "[1] The paper prints 0.15." in text
     ours = [line for line in lines if line["source"] == "ours"]
-    assert {line["n"] for line in ours} == {"2"} and {line["epochs"] for line in ours} == {"2 + 1"}
+    assert {line["n"] for line in ours} == {"2"}
+    assert "| **ResNet-14, digits: ladder** |" in text
 
 
-def row(run="x", seed=0, ratio="0.5", before=90.0, accuracy=60.0, fine_tuned=nan, macs=50, **more):
-    return Row(
-        "g", run, seed, ratio, before, accuracy, 70.0, fine_tuned, 100, macs, 3, 1, "float32", "cpu", **more
+def outcome(run="x", seed=0, ratio="0.5", before=90.0, accuracy=60.0, fine_tuned=nan, macs=50):
+    return Outcome(
+        "g", run, seed, ratio, before, accuracy, 70.0, fine_tuned, 100, macs, "3 + 1", "float32, cpu"
     )
+
+
+def table4(*outcomes, title="ResNet-56, CIFAR-10"):
+    """Our lines, as Markdown."""
+    lines = [line for line in tables.lines("table4", {"g": title}, outcomes) if line.source == "ours"]
+    return tables.table("", lines)
 
 
 def test_a_line_of_ours_is_a_mean_over_seeds():
     """Before 91 and 93, pruned 88 and 90: a drop of 3, a standard deviation of √2."""
-    found = [row(before=91, fine_tuned=88), row(seed=1, before=93, fine_tuned=90)]
-    (line,) = tables.lines([], found)
-    assert (line.base, line.pruned, line.drop, line.n, line.speedup) == (92, 89, 3, 2, 2)
-    assert line.deviation == pytest.approx(2**0.5)
-    assert (
-        "| **x** | 92.00 | 89.00 ± 1.41 | 3.00 | 2.00× | 60.00 | 2 | 3 + 1 | float32, cpu |"
-        in tables.table("", [line])
+    found = [outcome(before=91, fine_tuned=88), outcome(seed=1, before=93, fine_tuned=90)]
+    expected = "| **x** | 92.00 | 89.00 ± 1.41 | 3.00 | 2.00× | 60.00 | 2 | 3 + 1 | float32, cpu |"
+    assert expected in table4(*found)
+
+
+LOST = {"before": nan, "accuracy": nan, "macs": 0}
+
+
+def test_a_run_that_diverged_is_said_to_have():
+    assert "| **x** | diverged | diverged | diverged |  | diverged | 0 (1 diverged) |" in table4(
+        outcome(**LOST)
+    )
+    lines = unaided.lines({"g": "net"}, [outcome(**LOST)])
+    assert "| **x** | diverged |" in unaided.table("", lines) and "| 0 (1 diverged) |" in unaided.table(
+        "", lines
     )
 
 
-def test_a_diverged_run_is_said_to_be():
-    lines = tables.lines([], [row(before=nan, accuracy=nan, macs=0)])
-    assert "| **x** | diverged |  |  |  |  | 1 | 3 + 1 | float32, cpu |" in tables.table("", lines)
-    assert "| **x** | diverged |" in unaided.table("", {"g": "net"}, [row(before=nan, accuracy=nan, macs=0)])
+@pytest.mark.parametrize("first", [True, False])
+def test_seeds_that_diverged_are_not_in_the_mean(first):
+    """Whichever of three it is."""
+    kept = [outcome(seed=1, before=91, fine_tuned=88), outcome(seed=2, before=93, fine_tuned=90)]
+    found = [outcome(**LOST), *kept] if first else [*kept, outcome(**LOST)]
+    expected = "| **x** | 92.00 | 89.00 ± 1.41 | 3.00 | 2.00× | 60.00 | 2 (1 diverged) |"
+    assert expected in table4(*found)
+    text = unaided.table("", unaided.lines({"g": "net"}, found))
+    assert "| **x** | 92.00 | 32.00 ± 1.41 | 2 (1 diverged) |" in text
+
+
+def test_fine_tuning_that_diverged_leaves_what_was_before():
+    expected = "| **x** | 90.00 | diverged | diverged | 2.00× | 60.00 | 0 (1 diverged) |"
+    assert expected in table4(outcome(fine_tuned=nan))
 
 
 def test_points_lost_stand_under_their_speedup():
-    found = [row(macs=28, accuracy=80.0), row(macs=19, accuracy=60.0), row(macs=19, accuracy=64.0, seed=1)]
-    found += [row(macs=28, accuracy=82.0, seed=1)]
-    text = unaided.table("", {"g": "ResNet-56, CIFAR-10"}, found)
+    found = [outcome(seed=seed, ratio="0.7", macs=28, accuracy=80.0 + 2 * seed) for seed in (0, 1)]
+    found += [outcome(seed=seed, ratio="0.8", macs=19, accuracy=60.0 + 4 * seed) for seed in (0, 1)]
+    text = unaided.table("", unaided.lines({"g": "ResNet-56, CIFAR-10"}, found))
     head = next(line for line in text.splitlines() if line.startswith("| method | before % | 2.12×"))
     ours = next(line for line in text.splitlines() if line.startswith("| **x**"))
     paper = next(line for line in text.splitlines() if line.startswith("| the paper: electrostatic, 1e-12"))
@@ -301,37 +369,51 @@ def test_figure_3_shows_sorted_norms(reproduced):
 def test_what_is_there_is_not_run_again(reproduced, monkeypatch):
     out, _ = reproduced
     monkeypatch.setattr(engine, "train_epoch", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(engine, "evaluate", lambda *_, **__: pytest.fail("evaluated again"))
     before = (out / "table4.csv").read_bytes()
     run("table4", out, seeds=2)
     assert (out / "table4.csv").read_bytes() == before
 
 
-def test_an_interrupted_table_loses_one_epoch(reproduced, tmp_path, monkeypatch):
-    """Broken off in the second epoch of the second run: three epochs of training are not done again."""
+def test_networks_are_kept_for_other_cuts(reproduced, tmp_path, monkeypatch):
+    """What is not trained again where only the cuts are others."""
+    shutil.copytree(reproduced[0] / "runs", tmp_path / "runs")
+    monkeypatch.setattr(engine, "train_epoch", lambda *_: pytest.fail("trained again"))
+    text = MINE.replace("cuts = [0.0, 0.5,", "cuts = [0.0, 0.25,").replace('"table4", ', "")
+    run("figure2", tmp_path, text=text.replace('fine_tune = { schedule = "p2", epochs = 1 }', ""), seeds=2)
+    assert {r["ratio"] for r in rows(tmp_path / "figure2.csv")} == {"0.0", "0.25", "[0, 0.6, 0.5, 0.25, 0]"}
+
+
+@pytest.mark.parametrize("when", [2, 4, 7], ids=["training", "fine-tuning", "the run that goes on"])
+def test_an_interrupted_table_loses_one_epoch(when, reproduced, tmp_path, monkeypatch):
+    """Of 10 epochs: 2 of dense, 1 after each of its 3 cuts, then 2 and 3 of the ladder."""
     good, done = engine.train_epoch, []
 
-    def interrupted(model, optimizer, images, settings, epoch, *more):
-        done.append((settings.law, settings.schedule, epoch))
-        if done == [("electrostatic", "cosine", 0), ("electrostatic", "cosine", 1)]:
+    def interrupted(*given):
+        done.append(given[4])
+        if len(done) == when:
             raise KeyboardInterrupt
-        return good(model, optimizer, images, settings, epoch, *more)
+        return good(*given)
 
     monkeypatch.setattr(engine, "train_epoch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run("table4", tmp_path)
     run("table4", tmp_path)
-    assert done.count(("electrostatic", "cosine", 0)) == 1
-    one = [r for r in rows(reproduced[0] / "no-finetuning.csv") if r["seed"] == "0"]
-    run("no-finetuning", tmp_path)
-    assert rows(tmp_path / "no-finetuning.csv") == one
+    assert len(done) == 10 + 1
+    run("figure2", tmp_path)
+    whole = [r for r in rows(reproduced[0] / "figure2.csv") if r["seed"] == "0"]
+    assert rows(tmp_path / "figure2.csv") == whole
     assert not list(tmp_path.rglob("*.pt"))
 
 
 def test_a_scaled_table_says_so(tmp_path):
-    text = MINE.replace("epochs = 2", "epochs = 8").replace("epochs = 1 }", "epochs = 40 }")
-    printed = run("table4", tmp_path, text=text.replace('"[0, 0.6, 0.5, 0.25, 0]"', ""), epochs_scale=0.25)
+    """And lies beside the one that is not."""
+    text = MINE.replace("epochs = 2", "epochs = 8").replace("epochs = 1 }", "epochs = 12 }")
+    printed = run("table4", tmp_path, text=text.replace(', "[0, 0.6, 0.5, 0.25, 0]"', ""), epochs_scale=0.25)
     assert "### Table 4: ResNet-56 on CIFAR-10, pruned and fine-tuned (ours in 0.25 of the epochs)" in printed
-    assert {r["epochs"] for r in rows(tmp_path / "table4.csv") if r["source"] == "ours"} == {"2 + 10"}
+    ours = [r for r in rows(tmp_path / "table4-0.25.csv") if r["source"] == "ours"]
+    assert {r["epochs"] for r in ours} == {"2 + 3", "2 + 2 + 3"}
+    assert not (tmp_path / "table4.csv").exists()
 
 
 def test_a_run_that_diverges_is_said_and_the_rest_goes_on(tmp_path, monkeypatch):
@@ -341,22 +423,96 @@ def test_a_run_that_diverges_is_said_and_the_rest_goes_on(tmp_path, monkeypatch)
     )
     printed = run("table4", tmp_path)
     assert "ResNet-14, digits, ladder, seed 0: the loss is not finite in epoch 1" in printed
-    assert "| **ladder** | diverged |" in printed and "| **dense** |" in printed
+    assert "| **ResNet-14, digits: ladder** | diverged |" in printed
+    assert "| **ResNet-14, digits: dense** | " in printed and "dense** | diverged" not in printed
     run("figure2", tmp_path)
+    assert "ladder, seed 0: the loss is not finite in epoch 1" in run("figure3", tmp_path)
+    assert {r["run"] for r in rows(tmp_path / "figure3.csv")} == {"dense"}
 
 
-def test_groups_without_data_are_left_out_unless_they_are_named(tmp_path):
-    text = MINE.replace('dataset = "digits"', 'dataset = "cifar10"')
-    printed = run("table4", tmp_path, text=text, data_folder="nowhere")
-    assert "tiny is left out: no cifar10 in nowhere" in printed
-    assert "| electrostatic (p) | 94.05 |" in (tmp_path / "table4.md").read_text(encoding="utf-8")
+TWO = MINE + MINE.replace("[tiny]", "[other]").replace('dataset = "digits"', 'dataset = "cifar10"')
+
+
+def test_groups_without_data_are_left_out(reproduced, tmp_path):
+    shutil.copytree(reproduced[0] / "runs", tmp_path / "runs")
+    printed = run("figure2", tmp_path, text=TWO, data_folder="nowhere")
+    assert "other is left out: no cifar10 in nowhere" in printed
+    assert {r["group"] for r in rows(tmp_path / "figure2.csv")} == {"tiny"}
+
+
+def test_a_group_that_is_named_must_have_data(tmp_path):
     with pytest.raises(FileNotFoundError, match="no cifar10 in nowhere"):
-        run("table4", tmp_path, text=text, data_folder="nowhere", only=["tiny"])
+        run("table4", tmp_path, text=TWO, data_folder="nowhere", only=["other"])
     weights = MINE.replace("lr = 0.05", 'lr = 0.05\nweights = "w.th"\nweights_from = "there"')
-    with pytest.raises(
-        FileNotFoundError, match="no w.th in data: put the weights of ResNet-14, digits there"
-    ):
-        run("table4", tmp_path, text=weights, only=["tiny"])
+    with pytest.raises(FileNotFoundError, match="no w.th in data: put the public weights of resnet14"):
+        run("table4", tmp_path, text=weights)
+
+
+def test_without_any_data_nothing_is_written(tmp_path):
+    """What was there stays."""
+    text = MINE.replace('dataset = "digits"', 'dataset = "cifar10"')
+    with pytest.raises(FileNotFoundError, match="no cifar10 in nowhere"):
+        run("table4", tmp_path, text=text, data_folder="nowhere")
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["recipes.toml"]
+
+
+def test_half_a_data_set_is_not_left_out(tmp_path):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py" / "data_batch_1").touch()
+    with pytest.raises(FileNotFoundError, match="is incomplete, cifar-10-batches-py/data_batch_2"):
+        run("figure2", tmp_path, text=TWO, data_folder=str(tmp_path))
+
+
+def test_groups_that_are_not_named_are_shown_as_they_are(reproduced, tmp_path, monkeypatch):
+    shutil.copytree(reproduced[0] / "runs", tmp_path / "runs")
+    text = MINE + MINE.replace("[tiny]", "[other]")
+    run("figure2", tmp_path, text=text, only=["tiny"])
+    assert {r["group"] for r in rows(tmp_path / "figure2.csv")} == {"tiny"}
+    run("figure2", tmp_path, text=text, only=["other"])
+    assert {r["group"] for r in rows(tmp_path / "figure2.csv")} == {"tiny", "other"}
+
+
+def test_a_run_may_start_from_random_weights_in_a_group_that_has_others(reproduced, tmp_path):
+    """It is the run of a group that has none."""
+    out, _ = reproduced
+    group = recipes.read(out / "recipes.toml")["tiny"].on("data", "cpu")
+    plain = Job(group, group.recipe("dense"), 0, tmp_path)
+    random = replace(
+        plain, group=replace(group, weights="w.th"), recipe=replace(plain.recipe, start=recipes.RANDOM)
+    )
+    assert (random.settings.weights, random.settings) == (None, plain.settings)
+
+
+def test_other_weights_of_the_same_name_are_other_runs(tmp_path):
+    group = replace(recipes.read()["resnet20-cifar10-short"], weights="w.th").on(str(tmp_path), "cpu")
+    job = Job(group, group.recipes[1], 0, tmp_path)
+    (tmp_path / "w.th").write_bytes(b"some")
+    first = job.network
+    (tmp_path / "w.th").write_bytes(b"other")
+    assert job.network != first
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (("cuts = [0.0, 0.5, ", "cuts = [0.0, 1.5, "), "group tiny: cut 1.5: "),
+        (('"[0, 0.6, 0.5, 0.25, 0]"', '"[0, 0.5, 0]"'), "group tiny: cut '\\[0, 0.5, 0\\]': "),
+        (('scope = "filter"', 'scope = "filters"'), "group tiny: run 'ladder': .*scope"),
+        (('update = "proximal"', 'update = "p"'), "group tiny: run 'ladder': .*update"),
+        (('model = "resnet14"', 'model = "resnet15"'), "group tiny: unknown model 'resnet15'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_run_is_said_before_training(change, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "train_epoch", lambda *_: pytest.fail("trained"))
+    assert MINE.count(change[0]) == 1
+    with pytest.raises(ValueError, match=message):
+        run("table4", tmp_path, text=MINE.replace(*change))
+
+
+def test_two_commands_do_not_share_a_folder(tmp_path):
+    with runs.alone(tmp_path / "runs"), pytest.raises(ValueError, match="another efreg paper works in"):
+        run("table4", tmp_path)
 
 
 @pytest.mark.parametrize(

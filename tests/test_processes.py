@@ -302,6 +302,6 @@ def test_torchrun_makes_a_table_once(tmp_path):
         assert found.returncode == 0, found.stderr
         assert found.stdout.count("Written to paper: table4.md, table4.csv") == 1
     table = (tmp_path / "paper" / "table4.md").read_text(encoding="utf-8")
-    assert table.count("| **ladder** |") == table.count("| **dense** |") == 1
+    assert table.count("digits: ladder** |") == table.count("digits: dense** |") == 1
     left = sorted(path.suffix for path in (tmp_path / "paper" / "runs").iterdir())
     assert left == [".csv"] * 2 + [".safetensors"] * 6

@@ -89,13 +89,18 @@ class Data(NamedTuple):
     test: Images
 
 
+class Missing(FileNotFoundError):
+    """Nothing of a data set is where it was looked for."""
+
+
 def load(
     name: str, root: str | Path = "data", *, download: bool = False, device: torch.device | str = "cpu"
 ) -> Data:
     """The data set `name`, one of NAMES, from the folder `root` (digits come with scikit-learn).
 
     Nothing is fetched unless `download`. Batches lie on `device`.
-    Raises ValueError for an unknown name or damaged files, FileNotFoundError where files are missing.
+    Raises ValueError for an unknown name or damaged files, FileNotFoundError where files are missing, and
+    where all are the Missing among these.
     """
     holds = info(name, root)
     if name == "imagefolder":
@@ -242,7 +247,7 @@ def _files(kind: type) -> list[str]:
 def _require_files(name: str, root: Path, files: list[str]) -> None:
     missing = [file for file in files if not (root / file).is_file()]
     if missing == files:
-        raise FileNotFoundError(
+        raise Missing(
             f"no {name} in {root} (looked for {files[0]}): name its folder with --data, "
             "or fetch it with `efreg train --download`"
         )
@@ -341,9 +346,7 @@ def _info_of_folders(root: Path) -> Info:
 
 def _classes(path: Path) -> set[str]:
     if not path.is_dir():
-        raise FileNotFoundError(
-            f"no folder {path}: --data names a folder with train/ and val/, one folder a class"
-        )
+        raise Missing(f"no folder {path}: --data names a folder with train/ and val/, one folder a class")
     if not (classes := {entry.name for entry in path.iterdir() if entry.is_dir()}):
         raise FileNotFoundError(f"no images in {path}: it needs one folder a class")
     return classes

@@ -150,7 +150,9 @@ class Run:
             distributed.share_buffers(self.model)
             test_loss, test_accuracy = evaluate(self.model, self.data.test, dtype=self.dtype)
             if not (math.isfinite(loss) and math.isfinite(test_loss)):
-                raise Diverged(f"the loss is not finite in epoch {epoch + 1}: lower --lr or --alpha")
+                raise Diverged(
+                    f"the loss is not finite in epoch {epoch + 1}: lower the learning rate or alpha"
+                )
             dead, macs = self._remains.now()
             row = {
                 "epoch": epoch + 1,

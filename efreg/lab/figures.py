@@ -10,6 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from efreg.lab.checkpoints import replacing
+
 LEGEND_COLUMNS = 4
 INK, MUTED, GRID = "#222222", "#6b6b6b", "#e6e6e6"
 PALETTE = ("#8c8c8c", "#c8641b", "#1b5e9e", "#7a4fa3", "#5aa0d6", "#e0a458", "#c774b2", "#16836b")
@@ -76,7 +78,7 @@ def draw_panels(
         columnspacing=1.6,
         handlelength=1.8,
     )
-    figure.savefig(path, dpi=160)
+    _save(figure, path)
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def draw_trade(path: str | Path, points: Sequence[Point], title: str, subtitle: 
     _legend(figure, points)
     figure.text(0.08, 0.945, title, size=15, weight="bold", color=INK)
     figure.text(0.08, 0.9, subtitle, size=10.5, color=MUTED)
-    figure.savefig(path, dpi=160)
+    _save(figure, path)
 
 
 def _style(point: Point) -> dict:
@@ -189,6 +191,11 @@ def _draw(ax: Axes, panel: Panel) -> None:
         ax.set_xticks([], minor=True)
         ax.set_xlim(0.95, 1.05 * max(x for curve in panel.curves for x in curve.x))
     _plain(ax)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    with replacing(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:], dpi=160)
 
 
 def _plain(ax: Axes) -> None:

@@ -9,21 +9,25 @@ import torch
 from torch import nn
 
 import efreg
-from efreg.lab import checkpoints, data, engine
+from efreg.lab import checkpoints, data, distributed, engine
 from efreg.lab.checkpoints import Settings
 from efreg.lab.logs import read_csv, write_csv
 from efreg.lab.paper import runs
-from efreg.lab.paper.recipes import Group, Recipe
+from efreg.lab.paper.recipes import RANDOM, Group, Recipe
 from efreg.lab.sweep import Cut, pruned, sweep
+
+Say = Callable[[str], None]
+"""Is told, in a line, where a training diverged."""
 
 
 @dataclass(frozen=True)
-class Row:
+class Outcome:
     """A network cut once. Accuracies are in percent, on the test images; NaN where the training diverged.
 
     ratio: the share of filters removed, or a list. before: accuracy of the whole network. accuracy,
     recalibrated: right after pruning, and with re-estimated batch-norm statistics; fine_tuned: after training
-    on, NaN where the group does not. macs_before, macs: of an image. epochs, fine_tune_epochs: trained.
+    on. macs_before, macs: of an image. epochs: of each training on the way, such as "200 + 200 + 120". on:
+    what computed, in which precision.
     """
 
     group: str
@@ -36,14 +40,12 @@ class Row:
     fine_tuned: float
     macs_before: int
     macs: int
-    epochs: int
-    fine_tune_epochs: int
-    dtype: str
-    device: str
+    epochs: str
+    on: str
 
     @property
     def speedup(self) -> float:
-        """MACs before / MACs after; NaN where nothing was cut."""
+        """MACs before / MACs after; NaN where the training diverged, and nothing was cut."""
         return self.macs_before / self.macs if self.macs else nan
 
 
@@ -62,7 +64,9 @@ class Job:
     @property
     def start(self) -> "Job | None":
         """The run that this one goes on from."""
-        return replace(self, recipe=self.group.recipe(self.recipe.start)) if self.recipe.start else None
+        if self.recipe.start in (None, RANDOM):
+            return None
+        return replace(self, recipe=self.group.recipe(self.recipe.start))
 
     @property
     def settings(self) -> Settings:
@@ -70,7 +74,8 @@ class Job:
         settings = replace(self.recipe.settings, seed=self.seed)
         if self.start:
             return replace(settings, weights=str(self.start.network))
-        return replace(settings, weights=self.group.weights and str(Path(settings.data, self.group.weights)))
+        weights = None if self.recipe.start == RANDOM else self.group.weights
+        return replace(settings, weights=weights and str(Path(settings.data, weights)))
 
     @property
     def network(self) -> Path:
@@ -78,9 +83,9 @@ class Job:
         return self._file(".safetensors")
 
     @property
-    def rows(self) -> Path:
+    def outcomes(self) -> Path:
         """The file of what is left of it at the group's cuts."""
-        tuning = self.group.fine_tune and runs.digest(self.group.fine_tune)
+        tuning = self.recipe.fine_tune and runs.digest(self.recipe.fine_tune)
         return self._file(".csv", self.group.cuts, tuning)
 
     def narrow(self, ratio: float | str) -> Path:
@@ -90,11 +95,18 @@ class Job:
     @property
     def epochs(self) -> int:
         """Of training, and of fine-tuning each of the cut networks."""
-        tuning = self.group.fine_tune.epochs * len(self.group.cuts) if self.group.fine_tune else 0
+        tuning = self.recipe.fine_tune.epochs * len(self.group.cuts) if self.recipe.fine_tune else 0
         return self.recipe.settings.epochs + tuning
 
+    def trainings(self) -> list[int]:
+        """The epochs of each training that a cut network went through."""
+        first = replace(self.start, recipe=replace(self.start.recipe, fine_tune=None)) if self.start else None
+        after = [self.recipe.fine_tune.epochs] if self.recipe.fine_tune else []
+        return [*(first.trainings() if first else ()), self.recipe.settings.epochs, *after]
+
     def _file(self, suffix: str, *more) -> Path:
-        name = runs.stem(f"{self.group.name} {self.recipe.name}", self.settings, *more)
+        first = (runs.fingerprint(self.settings.weights),) if self.group.weights and not self.start else ()
+        name = runs.stem(f"{self.group.name} {self.recipe.name}", self.settings, *first, *more)
         return self.folder / f"{name}{suffix}"
 
 
@@ -125,30 +137,29 @@ def _read(settings: Settings, path: Path) -> nn.Module:
     return model.to(engine.device_named(settings.device), memory_format=layout).eval()
 
 
-def measure(job: Job, say: Callable[[str], None], tick: runs.Tick) -> list[Row]:
-    """A row for each of the group's cuts: read from the job's file, or trained, cut and written there.
-
-    say: is told where a training diverged.
-    """
-    if job.rows.exists():
+def measure(job: Job, say: Say, tick: runs.Tick) -> list[Outcome]:
+    """What is left at each of the group's cuts: read from the job's file, or trained, cut and written."""
+    if job.outcomes.exists():
         tick(job.epochs)
     else:
         found = _measure(job, say, tick)
-        runs.once(job.rows, lambda: write_csv(job.rows, map(asdict, found)))
-    rows = read_csv(job.rows, Row)
-    if len(rows) != len(job.group.cuts):
-        raise ValueError(f"{job.rows} is not whole: remove it, and it is made again")
-    return rows
+        runs.once(job.outcomes, lambda: write_csv(job.outcomes, map(asdict, found)))
+    outcomes = read_csv(job.outcomes, Outcome)
+    if len(outcomes) != len(job.group.cuts):
+        raise ValueError(f"{job.outcomes} is not whole: remove it, and it is made again")
+    return outcomes
 
 
-def _measure(job: Job, say: Callable[[str], None], tick: runs.Tick) -> list[Row]:
+def _measure(job: Job, say: Say, tick: runs.Tick) -> list[Outcome]:
     try:
         network = train(job, tick)
     except engine.Diverged as error:
         say(f"{job}: {error}")
         lost = [Cut(ratio, nan, nan, 0, 0) for ratio in job.group.cuts]
-        return [_row(job, lost[0], cut, nan) for cut in lost]
+        return [_outcome(job, lost[0], cut, nan) for cut in lost]
     images = data.load(job.settings.dataset, job.settings.data, device=_device(job.settings))
+    part = data.Part(distributed.rank(), distributed.world_size())
+    images = images._replace(test=images.test.share(part))
     whole, *cuts = sweep(
         network,
         images,
@@ -156,11 +167,13 @@ def _measure(job: Job, say: Callable[[str], None], tick: runs.Tick) -> list[Row]
         ratios=(0.0, *job.group.cuts),
         dtype=_dtype(job.settings),
     )
-    return [_row(job, whole, cut, _fine_tuned(job, network, cut.ratio, images, tick)) for cut in cuts]
+    return [
+        _outcome(job, whole, cut, _fine_tuned(job, network, cut.ratio, images, say, tick)) for cut in cuts
+    ]
 
 
-def _row(job: Job, whole: Cut, cut: Cut, fine_tuned: float) -> Row:
-    return Row(
+def _outcome(job: Job, whole: Cut, cut: Cut, fine_tuned: float) -> Outcome:
+    return Outcome(
         group=job.group.name,
         run=job.recipe.name,
         seed=job.seed,
@@ -171,27 +184,26 @@ def _row(job: Job, whole: Cut, cut: Cut, fine_tuned: float) -> Row:
         fine_tuned=fine_tuned,
         macs_before=whole.macs,
         macs=cut.macs,
-        epochs=job.settings.epochs,
-        fine_tune_epochs=job.group.fine_tune.epochs if job.group.fine_tune else 0,
-        dtype=str(_dtype(job.settings)).removeprefix("torch."),
-        device=_device(job.settings).type,
+        epochs=" + ".join(map(str, job.trainings())),
+        on=f"{str(_dtype(job.settings)).removeprefix('torch.')}, {_where(_device(job.settings))}",
     )
 
 
 def _fine_tuned(
-    job: Job, network: nn.Module, ratio: float | str, images: data.Data, tick: runs.Tick
+    job: Job, network: nn.Module, ratio: float | str, images: data.Data, say: Say, tick: runs.Tick
 ) -> float:
     """Accuracy of the cut network after it was trained on, from where an interruption left it."""
-    if not job.group.fine_tune:
+    if not job.recipe.fine_tune:
         return nan
     narrow = job.narrow(ratio)
-    settings = replace(job.group.fine_tune, weights=str(narrow), seed=job.seed)
+    settings = replace(job.recipe.fine_tune, weights=str(narrow), seed=job.seed)
     tuned = narrow.with_name(f"{narrow.stem}-{runs.digest(settings)}.safetensors")
     example = next(images.test.batches(2))[0]
     runs.once(narrow, lambda: efreg.save(pruned(network, ratio, example, job.settings.skip), narrow))
     try:
         runs.keep_network(settings, tuned, tick)
-    except engine.Diverged:
+    except engine.Diverged as error:
+        say(f"{job}, fine-tuned at {ratio}: {error}")
         return nan
     return engine.evaluate(_read(settings, tuned), images.test, dtype=_dtype(settings))[1]
 
@@ -202,3 +214,9 @@ def _device(settings: Settings) -> torch.device:
 
 def _dtype(settings: Settings) -> torch.dtype:
     return engine.dtype_of(settings.precision, _device(settings))
+
+
+def _where(device: torch.device) -> str:
+    """What computes: a GPU by its name, and how many together."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{distributed.world_size()} × {name}" if distributed.world_size() > 1 else name

@@ -1,5 +1,6 @@
 """Which force keeps most: a study's candidates trained, pruned at every ratio, and set beside each other."""
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import nan
@@ -37,20 +38,26 @@ def run(
     """
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}: it must be at least 1")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("forces runs in one process: start it without torchrun")
+    if unknown := [name for name in only if name not in STUDIES]:
+        raise ValueError(f"forces has no study {unknown[0]!r}: there are {', '.join(STUDIES)}")
     out = Path(out)
     for name in only or STUDIES:
         base = replace(STUDIES[name].base, data=data_folder, device=device)
         study = replace(STUDIES[name], base=base)
         try:
             test = _test_images(study)
-        except FileNotFoundError as error:
+        except data.Missing as error:
             if only:
                 raise
             console.print(f"{name} is left out: {error}", highlight=False, markup=False)
             continue
-        results = _results(study, seeds, out / name, test, console)
+        with runs.alone(out / name):
+            results = _results(study, seeds, out / name, test, console)
+            latencies = _latencies(study, out / name)
         write_csv(out / f"forces-{name}.csv", map(asdict, results))
-        text = tables(study, results, _latencies(study, out / name))
+        text = tables(study, results, latencies)
         with replacing(out / f"forces-{name}.md") as file:
             file.write(text.encode())
         _draw(out / f"forces-{name}.png", study, results)
@@ -62,17 +69,12 @@ def _test_images(study: Study) -> data.Images:
     """Those of the study's data set. Raises FileNotFoundError where they or its first weights are missing."""
     base = study.base
     images = data.load(base.dataset, base.data, device=engine.device_named(base.device)).test
-    if study.weights and not Path(base.data, study.weights).is_file():
-        raise FileNotFoundError(
-            f"no {study.weights} in {base.data}: put the public weights of {base.model} there, "
-            f"from {study.weights_from}"
-        )
+    runs.require_weights(base, study.weights, study.weights_from)
     return images
 
 
 def _results(study: Study, seeds: int, folder: Path, test: data.Images, console: Console) -> list[Result]:
     """Of every candidate from every seed: read from the folder, or trained, cut and written there."""
-    folder.mkdir(parents=True, exist_ok=True)
     planned = [(c, seed) for c in study.candidates for seed in range(min(seeds, c.seeds))]
     found = []
     with progress(console) as bar:

@@ -1,8 +1,7 @@
 """Tables in Markdown, and how figures stand in them."""
 
-import statistics
 from collections.abc import Iterable, Sequence
-from math import isnan
+from math import isnan, nan
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -10,9 +9,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
-def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Mean ± standard deviation, the mean alone of one value; "diverged" where one is NaN."""
-    if any(map(isnan, values)):
+def figure(mean: float, deviation: float = nan) -> str:
+    """To two decimals, with the standard deviation where there is one; NaN is what diverged."""
+    if isnan(mean):
         return "diverged"
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+    return f"{mean:.2f}" + ("" if isnan(deviation) else f" ± {deviation:.2f}")
+
+
+def seeds(n: int, diverged: int) -> str:
+    """How many."""
+    return f"{n} ({diverged} diverged)" if diverged else str(n)

@@ -1,6 +1,5 @@
 """Figures 2 and 3, a picture for each group of recipes, as PNG and SVG."""
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,36 +7,41 @@ from pathlib import Path
 import torch
 
 from efreg.lab import data, engine, figures
-from efreg.lab.paper import cuts
-from efreg.lab.paper.cuts import Job, Row
+from efreg.lab.paper import cuts, runs
+from efreg.lab.paper.cuts import Job, Outcome, Say
 from efreg.lab.paper.recipes import Group
+from efreg.lab.paper.spread import spread
 from efreg.lab.paper.tables import seeds_together
 
 LAYERS = 2
 """Figure 3 shows as many, the first that the force acts on."""
 
 
-def accuracies(out: Path, heading: str, group: Group, rows: Sequence[Row]) -> str:
+def accuracies(stem: Path, heading: str, group: Group, outcomes: Sequence[Outcome]) -> str:
     """Figure 2: accuracy against ratio and speedup, and with re-estimated statistics. Names the files."""
-    found = [row for row in rows if row.macs]
+    found = [outcome for outcome in outcomes if outcome.macs]
     panels = [
         _accuracies(found, "right after pruning", "accuracy"),
         _accuracies(found, "the same, over the speedup", "accuracy", over_speedup=True),
         _accuracies(found, "batch-norm statistics re-estimated", "recalibrated"),
     ]
-    seeds = len({row.seed for row in found})
-    epochs = max((row.epochs for row in found), default=0)
-    subtitle = f"{group.title}, whole test set: {epochs} epochs with each force, seeds: {seeds}"
-    return _draw(out / f"figure2-{group.name}", panels, heading, subtitle)
+    seeds = len({outcome.seed for outcome in outcomes})
+    subtitle = f"{group.title}, whole test set: {_epochs(group)}, mean of {seeds} seed{'s' * (seeds != 1)}"
+    return _draw(stem, panels, heading, subtitle)
 
 
-def _accuracies(rows: Sequence[Row], heading: str, what: str, *, over_speedup: bool = False) -> figures.Panel:
-    """Of each run the mean over seeds, at the cuts that take one share of every layer."""
+def _epochs(group: Group) -> str:
+    return f"{max(recipe.settings.epochs for recipe in group.recipes)} epochs with each force"
+
+
+def _accuracies(
+    outcomes: Sequence[Outcome], heading: str, what: str, *, over_speedup: bool = False
+) -> figures.Panel:
+    """Of each run the mean over seeds that did not diverge, at cuts that take one share of every layer."""
     curves: dict[str, list[tuple[float, float]]] = {}
-    for found in seeds_together(row for row in rows if not row.ratio.startswith("[")):
-        x = found[0].speedup if over_speedup else 100 * float(found[0].ratio)
-        mean = statistics.mean(getattr(row, what) for row in found)
-        curves.setdefault(found[0].run, []).append((x, mean))
+    for found in seeds_together(x for x in outcomes if not x.ratio.startswith("[")):
+        removed = found[0].speedup if over_speedup else 100 * float(found[0].ratio)
+        curves.setdefault(found[0].run, []).append((removed, spread(getattr(x, what) for x in found).mean))
     label = "speedup: MACs before / MACs after" if over_speedup else figures.REMOVED
     drawn = [figures.Curve(run, *zip(*points, strict=True)) for run, points in curves.items()]
     return figures.Panel(heading, label, drawn, speedups=over_speedup)
@@ -54,9 +58,13 @@ class Norm:
     norm: float
 
 
-def norms_of(job: Job, say, tick) -> list[Norm]:
-    """Of the first planned layers of the trained network. Raises engine.Diverged."""
-    network = cuts.train(job, tick)
+def norms_of(job: Job, say: Say, tick: runs.Tick) -> list[Norm]:
+    """Of the first planned layers of the trained network; none where it diverged."""
+    try:
+        network = cuts.train(job, tick)
+    except engine.Diverged as error:
+        say(f"{job}: {error}")
+        return []
     shape = data.info(job.settings.dataset, job.settings.data).shape
     example = torch.zeros(2, *shape, device=next(network.parameters()).device)
     layers = list(engine.plan(network, job.settings, example))[:LAYERS]
@@ -73,16 +81,13 @@ def _sorted_norms(weight: torch.Tensor) -> list[float]:
     return (norms / norms[0]).tolist()
 
 
-def norms(out: Path, heading: str, group: Group, found: Sequence[Norm]) -> str:
+def norms(stem: Path, heading: str, group: Group, found: Sequence[Norm]) -> str:
     """Figure 3: a panel for each layer. Names the files."""
     panels = [
         _norms([n for n in found if n.layer == layer]) for layer in dict.fromkeys(n.layer for n in found)
     ]
-    epochs = max(group.recipe(name).settings.epochs for name in group.norms)
-    subtitle = f"{group.title}: {epochs} epochs with each force, seed 0"
-    return _draw(
-        out / f"figure3-{group.name}", panels, heading, subtitle, y_label="‖w‖₁ / largest ‖w‖₁", top=1
-    )
+    subtitle = f"{group.title}: {_epochs(group)}, seed 0"
+    return _draw(stem, panels, heading, subtitle, y_label="‖w‖₁ / largest ‖w‖₁", top=1)
 
 
 def _norms(found: Sequence[Norm]) -> figures.Panel:

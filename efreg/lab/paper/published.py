@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Row:
+class Published:
     """A row of Table 4, 5 or 6: accuracy in percent of the base and of the pruned, fine-tuned network.
 
     printed_drop: what the paper prints where it is not base − pruned.
@@ -18,53 +18,53 @@ class Row:
 
 
 TABLE4 = (
-    Row("GReg-1", 93.51, 93.25, 1.99),
-    Row("GReg-2", 93.51, 93.28, 1.99),
-    Row("CP", 92.80, 91.80, 2.00),
-    Row("AMC", 92.80, 91.90, 2.00),
-    Row("FPGM", 93.59, 93.26, 2.11),
-    Row("SFP", 93.59, 93.36, 2.11),
-    Row("WHC", 93.59, 93.74, 2.11, printed_drop=0.15),
-    Row("LFPC", 93.59, 93.24, 2.12),
-    Row("Torque", 93.48, 93.76, 2.15),
-    Row("electrostatic (r)", 93.77, 93.45, 2.17),
-    Row("electrostatic (p)", 94.05, 93.88, 2.17),
-    Row("ABC Pruner", 93.26, 93.23, 2.18),
-    Row("RL-MCTS", 93.20, 93.56, 2.22),
-    Row("C-SGD", 93.39, 93.44, 2.55),
-    Row("GReg-1", 93.51, 93.18, 2.55, printed_drop=0.18),
-    Row("GReg-2", 93.51, 93.36, 2.55, printed_drop=0.00),
-    Row("AFP", 93.93, 92.94, 2.56),
-    Row("Torque", 93.48, 93.40, 2.60),
-    Row("electrostatic (r)", 93.77, 93.04, 2.62),
-    Row("electrostatic (p)", 94.05, 93.64, 2.62),
-    Row("WHC", 93.59, 93.29, 2.71),
-    Row("Torque", 93.48, 93.26, 2.72),
-    Row("electrostatic (r)", 93.77, 93.10, 2.73),
-    Row("electrostatic (p)", 94.05, 93.57, 2.73),
+    Published("GReg-1", 93.51, 93.25, 1.99),
+    Published("GReg-2", 93.51, 93.28, 1.99),
+    Published("CP", 92.80, 91.80, 2.00),
+    Published("AMC", 92.80, 91.90, 2.00),
+    Published("FPGM", 93.59, 93.26, 2.11),
+    Published("SFP", 93.59, 93.36, 2.11),
+    Published("WHC", 93.59, 93.74, 2.11, printed_drop=0.15),
+    Published("LFPC", 93.59, 93.24, 2.12),
+    Published("Torque", 93.48, 93.76, 2.15),
+    Published("electrostatic (r)", 93.77, 93.45, 2.17),
+    Published("electrostatic (p)", 94.05, 93.88, 2.17),
+    Published("ABC Pruner", 93.26, 93.23, 2.18),
+    Published("RL-MCTS", 93.20, 93.56, 2.22),
+    Published("C-SGD", 93.39, 93.44, 2.55),
+    Published("GReg-1", 93.51, 93.18, 2.55, printed_drop=0.18),
+    Published("GReg-2", 93.51, 93.36, 2.55, printed_drop=0.00),
+    Published("AFP", 93.93, 92.94, 2.56),
+    Published("Torque", 93.48, 93.40, 2.60),
+    Published("electrostatic (r)", 93.77, 93.04, 2.62),
+    Published("electrostatic (p)", 94.05, 93.64, 2.62),
+    Published("WHC", 93.59, 93.29, 2.71),
+    Published("Torque", 93.48, 93.26, 2.72),
+    Published("electrostatic (r)", 93.77, 93.10, 2.73),
+    Published("electrostatic (p)", 94.05, 93.57, 2.73),
 )
 """ResNet-56 on CIFAR-10."""
 
 TABLE5 = (
-    Row("Kron-OBD", 73.34, 60.70, 5.73),
-    Row("Kron-OBS", 73.34, 60.66, 6.09),
-    Row("electrostatic (r)", 74.38, 68.32, 6.85),
-    Row("electrostatic (p)", 74.59, 69.00, 6.85),
-    Row("EigenDamage", 73.34, 65.18, 8.80),
-    Row("GReg-1", 74.02, 67.55, 8.84),
-    Row("GReg-2", 74.02, 67.75, 8.84),
-    Row("Torque", 73.03, 65.87, 8.88),
-    Row("electrostatic (r)", 74.38, 66.72, 8.89),
-    Row("electrostatic (p)", 74.59, 67.53, 8.89),
+    Published("Kron-OBD", 73.34, 60.70, 5.73),
+    Published("Kron-OBS", 73.34, 60.66, 6.09),
+    Published("electrostatic (r)", 74.38, 68.32, 6.85),
+    Published("electrostatic (p)", 74.59, 69.00, 6.85),
+    Published("EigenDamage", 73.34, 65.18, 8.80),
+    Published("GReg-1", 74.02, 67.55, 8.84),
+    Published("GReg-2", 74.02, 67.75, 8.84),
+    Published("Torque", 73.03, 65.87, 8.88),
+    Published("electrostatic (r)", 74.38, 66.72, 8.89),
+    Published("electrostatic (p)", 74.59, 67.53, 8.89),
 )
 """VGG-19 on CIFAR-100."""
 
 TABLE6 = (
-    Row("Taylor-FO", 73.31, 72.83, 1.29),
-    Row("L1 (pruned-B)", 73.23, 72.17, 1.32),
-    Row("GReg-1", 73.31, 73.54, 1.32),
-    Row("GReg-2", 73.31, 73.61, 1.32),
-    Row("electrostatic (p)", 73.91, 73.72, 1.34),
+    Published("Taylor-FO", 73.31, 72.83, 1.29),
+    Published("L1 (pruned-B)", 73.23, 72.17, 1.32),
+    Published("GReg-1", 73.31, 73.54, 1.32),
+    Published("GReg-2", 73.31, 73.61, 1.32),
+    Published("electrostatic (p)", 73.91, 73.72, 1.34),
 )
 """ResNet-34 on ImageNet."""
 

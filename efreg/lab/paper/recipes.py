@@ -1,12 +1,16 @@
 """The runs behind the paper's tables and figures, read from recipes.toml or a file of the user's own."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from efreg.lab import engine
-from efreg.lab.checkpoints import Settings
+import torch
+
+import efreg
+from efreg.lab import data, engine
+from efreg.lab.checkpoints import Settings, load_weights
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -14,20 +18,32 @@ else:
     import tomli as tomllib
 
 OURS = Path(__file__).with_name("recipes.toml")
-WHAT = ("table4", "table5", "table6", "no-finetuning", "figure2", "figure3")
+FINE_TUNING = ("table4", "table5", "table6")
+WHAT = (*FINE_TUNING, "no-finetuning", "figure2", "figure3")
 """The commands that run recipes."""
 
-SETTINGS = {f.name for f in fields(Settings)} - {"data", "device", "seed", "weights"}
+SETTINGS = {f.name: f.type for f in fields(Settings) if f.name not in ("data", "device", "seed", "weights")}
 """The settings that a recipe can have; the others are said where it is run."""
+
+NETWORK = ("model", "dataset")
+"""The settings that are the group's alone."""
+
+FORCE = ("law", "alpha", "power", "alpha_schedule", "alpha_until", "scope", "refresh", "update")
+COURSE = ("schedule", "epochs", "lr")
+"""With the force what fine-tuning does not take over from the training before it."""
+
+RANDOM = "random"
+"""What a run starts from that takes random weights where its group has others."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run: `start` is the run of its group that its first weights come from, None takes the group's."""
+    """One run: it takes the weights of the run `start` of its group, RANDOM ones, or those of its group."""
 
     name: str
     settings: Settings
     start: str | None = None
+    fine_tune: Settings | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +58,6 @@ class Group:
     weights: str | None = None
     weights_from: str = "where they are published"
     seeds: int = 3
-    fine_tune: Settings | None = None
     norms: tuple[str, ...] = ()
 
     @property
@@ -62,9 +77,12 @@ class Group:
         """The same runs in a share of the epochs, at least one where there were any."""
         return self._changed(lambda s: replace(s, epochs=max(min(s.epochs, 1), round(scale * s.epochs))))
 
-    def _changed(self, change) -> "Group":
-        recipes = tuple(replace(recipe, settings=change(recipe.settings)) for recipe in self.recipes)
-        return replace(self, recipes=recipes, fine_tune=self.fine_tune and change(self.fine_tune))
+    def _changed(self, change: Callable[[Settings], Settings]) -> "Group":
+        recipes = (
+            replace(r, settings=change(r.settings), fine_tune=r.fine_tune and change(r.fine_tune))
+            for r in self.recipes
+        )
+        return replace(self, recipes=tuple(recipes))
 
 
 def read(path: str | Path = OURS) -> dict[str, Group]:
@@ -81,58 +99,77 @@ def read(path: str | Path = OURS) -> dict[str, Group]:
         raise ValueError(f"{path} is no TOML: {error}") from error
     groups = {}
     for name, told in content.items():
-        try:
+        with _naming(f"{path}, group {name}"):
             groups[name] = _group(name, told)
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path}, group {name}: {reason}") from error
     return groups
 
 
+class _naming:
+    """Puts a name in front of what is wrong inside."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if isinstance(error, (TypeError, ValueError)):
+            raise ValueError(f"{self.name}: {error}") from error
+
+
 def _group(name: str, told: dict[str, Any]) -> Group:
-    if not isinstance(told, dict):
-        raise ValueError("expected a table [NAME]")
-    told = dict(told)
-    own = {key: told.pop(key) for key in ("title", "runs", "cuts")}
-    more = {key: told.pop(key) for key in ("weights", "weights_from", "seeds") if key in told}
-    listed = {key: tuple(told.pop(key, ())) for key in ("shown", "norms")}
-    fine_tune = told.pop("fine_tune", None)
-    recipes = tuple(_recipe(line, told) for line in own["runs"])
-    group = Group(
-        name=name,
-        title=own["title"],
-        recipes=recipes,
-        cuts=tuple(own["cuts"]),
-        fine_tune=None if fine_tune is None else _fine_tuning(fine_tune, told),
-        **listed,
-        **more,
-    )
+    told = dict(_typed(told, dict, "a group"))
+    more = {key: _typed(told.pop(key), str, key) for key in ("weights", "weights_from") if key in told}
+    if "seeds" in told:
+        more["seeds"] = _typed(told.pop("seeds"), int, "seeds")
+    title = _typed(_taken(told, "title"), str, "title")
+    lists = {key: tuple(_typed(told.pop(key, []), list, key)) for key in ("shown", "norms")}
+    cuts, lines = (_typed(_taken(told, key), list, key) for key in ("cuts", "runs"))
+    tuning = _typed(told.pop("fine_tune"), dict, "fine_tune") if "fine_tune" in told else None
+    recipes = tuple(_recipe(line, told, tuning) for line in lines)
+    group = Group(name=name, title=title, recipes=recipes, cuts=tuple(cuts), **lists, **more)
     _check(group)
     return group
 
 
-def _recipe(line: dict[str, Any], shared: dict[str, Any]) -> Recipe:
-    line = dict(line)
-    name, start = line.pop("name"), line.pop("start", None)
-    try:
-        return Recipe(name, _settings({**shared, **line}), start)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"run {name!r}: {error}") from error
+def _taken(told: dict[str, Any], key: str) -> Any:
+    if key not in told:
+        raise ValueError(f"{key} is missing")
+    return told.pop(key)
 
 
-def _fine_tuning(told: dict[str, Any], shared: dict[str, Any]) -> Settings:
-    try:
-        return _settings({**shared, **told})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"fine_tune: {error}") from error
+def _typed(value: Any, kind: Any, name: str) -> Any:
+    fits = isinstance(value, kind) or (isinstance(value, int) and isinstance(0.0, kind))
+    if not fits or (isinstance(value, bool) and not isinstance(True, kind)):
+        raise ValueError(f"{name} is {value!r}, which is no {getattr(kind, '__name__', kind)}")
+    return value
+
+
+def _recipe(line: dict[str, Any], shared: dict[str, Any], tuning: dict[str, Any] | None) -> Recipe:
+    line = dict(_typed(line, dict, "a run"))
+    name = _typed(_taken(line, "name"), str, "name")
+    start = line.pop("start", None)
+    with _naming(f"run {name!r}"):
+        if foreign := [key for key in NETWORK if key in line]:
+            raise ValueError(f"{foreign[0]} is the group's: make another group")
+        settings = _settings({**shared, **line})
+        if tuning is None:
+            return Recipe(name, settings, start)
+        kept = {k: v for k, v in {**shared, **line}.items() if k not in (*FORCE, *COURSE)}
+        with _naming("fine_tune"):
+            return Recipe(name, settings, start, _settings({**kept, **tuning}))
 
 
 def _settings(told: dict[str, Any]) -> Settings:
-    if unknown := told.keys() - SETTINGS:
-        raise ValueError(
-            f"unknown setting {', '.join(sorted(unknown))}: there are {', '.join(sorted(SETTINGS))}"
-        )
-    settings = Settings(**{**told, "skip": tuple(told.get("skip", ()))})
+    if unknown := told.keys() - SETTINGS.keys():
+        known = ", ".join(sorted(SETTINGS))
+        raise ValueError(f"unknown setting {', '.join(sorted(unknown))}: there are {known}")
+    told = {**told, "skip": tuple(_typed(told.get("skip", []), list, "skip"))}
+    for name, value in told.items():
+        if name != "skip":
+            _typed(value, SETTINGS[name], name)
+    settings = Settings(**told)
     engine.check(replace(settings, epochs=max(1, settings.epochs)))
     engine.force_options(settings, steps=1)
     return settings
@@ -141,16 +178,45 @@ def _settings(told: dict[str, Any]) -> Settings:
 def _check(group: Group) -> None:
     """Raises ValueError for what does not fit together."""
     names = [recipe.name for recipe in group.recipes]
-    if not names:
-        raise ValueError("it has no runs")
+    if not names or not group.cuts:
+        raise ValueError("it needs runs and cuts")
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"two runs are called {twice.pop()!r}: give each a name")
+    if slashed := [name for name in (group.name, *names) if "/" in name]:
+        raise ValueError(f"{slashed[0]!r} names files: take another sign than /")
     if unknown := set(group.shown) - set(WHAT):
         raise ValueError(f"shown names {unknown.pop()!r}: there are {', '.join(WHAT)}")
     if unknown := set(group.norms) - set(names):
         raise ValueError(f"norms names the run {unknown.pop()!r}, which is not there")
+    if "figure3" in group.shown and not group.norms:
+        raise ValueError("figure3 shows no run of it: name some as norms")
+    if "figure2" in group.shown and all(isinstance(cut, str) for cut in group.cuts):
+        raise ValueError("figure2 shows cuts by one share of all layers, such as 0.5: it has none")
+    if not group.recipes[0].fine_tune and (tables := set(group.shown) & set(FINE_TUNING)):
+        raise ValueError(f"{tables.pop()} shows fine-tuned networks: say fine_tune, or show it in another")
     for place, recipe in enumerate(group.recipes):
-        if recipe.start is not None and recipe.start not in names[:place]:
+        if recipe.start not in (None, RANDOM, *names[:place]):
             raise ValueError(f"run {recipe.name!r} starts from {recipe.start!r}: no run above is called so")
-        if not (recipe.settings.epochs or recipe.start or group.weights):
+        if recipe.settings.epochs == 0 and (recipe.start == RANDOM or not (recipe.start or group.weights)):
             raise ValueError(f"run {recipe.name!r} has no epochs: random weights are no network to cut")
+
+
+def rehearse(group: Group) -> None:
+    """Loads the weights, plans every cut and attaches every force, so that errors show before any training.
+
+    Raises ValueError, naming group and run.
+    """
+    with _naming(f"group {group.name}"):
+        holds = data.info(group.base.dataset, group.base.data)
+        weights = load_weights(Path(group.base.data, group.weights)) if group.weights else None
+        network = engine.build(group.base, holds.num_classes, holds.shape, weights)
+        example = torch.zeros(2, *holds.shape)
+        for cut in group.cuts:
+            with _naming(f"cut {cut!r}"):
+                asked = {"ratios" if isinstance(cut, str) else "ratio": cut}
+                efreg.plan(network, **asked, skip=group.base.skip, example_inputs=example)
+        for recipe in group.recipes:
+            with _naming(f"run {recipe.name!r}"):
+                plan = engine.plan(network, recipe.settings, example)
+                options = engine.force_options(recipe.settings, steps=1)
+                efreg.attach(network, layers=plan, backend="reference", **options).detach()

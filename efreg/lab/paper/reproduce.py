@@ -10,8 +10,8 @@ from rich.console import Console
 from efreg.lab import data, distributed, engine
 from efreg.lab.checkpoints import replacing
 from efreg.lab.logs import progress, write_csv
-from efreg.lab.paper import cuts, pictures, recipes, step_times, tables, unaided
-from efreg.lab.paper.cuts import Job, Row
+from efreg.lab.paper import cuts, pictures, recipes, runs, step_times, tables, unaided
+from efreg.lab.paper.cuts import Job, Outcome
 from efreg.lab.paper.recipes import Group
 
 TITLES = {
@@ -48,19 +48,21 @@ def run(
         raise ValueError(f"seeds is {seeds}: it must be at least 1")
     if not 0 < epochs_scale <= 1:
         raise ValueError(f"the scale of the epochs is {epochs_scale:g}: it is a share of them, in (0, 1]")
-    heading = TITLES[what] + ("" if epochs_scale == 1 else f" (ours in {epochs_scale:g} of the epochs)")
     with distributed.processes(device):
-        output = Output(what, Path(out), heading, Console(quiet=True) if distributed.rank() else console)
-        if what == "table3":
-            return _table3(output, only, engine.device_named(device))
-        known = _groups(recipes.read(recipes_file), what, only)
-        groups = [group.on(data_folder, device).scaled(epochs_scale) for group in known]
-        groups = [group for group in groups if _has_data(group, bool(only), output)]
-        output.runs.mkdir(parents=True, exist_ok=True)
-        if what == "figure3":
-            return _figure3(output, groups)
-        show = {"figure2": _figure2, "no-finetuning": _unaided}.get(what, _fine_tuned)
-        show(output, groups, _rows(groups, seeds, output))
+        output = Output(what, Path(out), epochs_scale, Console(quiet=True) if distributed.rank() else console)
+        with runs.alone(output.runs):
+            if what == "table3":
+                return _table3(output, only, engine.device_named(device))
+            known = [
+                group.on(data_folder, device).scaled(epochs_scale)
+                for group in recipes.read(recipes_file).values()
+                if what in group.shown
+            ]
+            chosen = _chosen(known, only, output)
+            if what == "figure3":
+                return _figure3(output, chosen)
+            show = {"figure2": _figure2, "no-finetuning": _unaided}.get(what, _fine_tuned)
+            show(output, known, _outcomes(known, chosen, seeds, output))
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,19 @@ class Output:
 
     what: str
     folder: Path
-    heading: str
+    scale: float
     console: Console
+
+    @property
+    def name(self) -> str:
+        """What its files are called: those at another scale of the epochs are others."""
+        return self.what if self.scale == 1 else f"{self.what}-{self.scale:g}"
+
+    @property
+    def heading(self) -> str:
+        """What it is headed with."""
+        scaled = "" if self.scale == 1 else f" (ours in {self.scale:g} of the epochs)"
+        return f"{TITLES[self.what]}{scaled}"
 
     @property
     def runs(self) -> Path:
@@ -84,57 +97,66 @@ class Output:
         """The table in Markdown, and the rows behind it as CSV."""
         self.rows(rows)
         if not distributed.rank():
-            with replacing(self.folder / f"{self.what}.md") as file:
+            with replacing(self.folder / f"{self.name}.md") as file:
                 file.write(f"{text}\n".encode())
-        self.say(f"{text}\n\nWritten to {self.folder}: {self.what}.md, {self.what}.csv")
+        self.say(f"{text}\n\nWritten to {self.folder}: {self.name}.md, {self.name}.csv")
 
     def rows(self, rows: Iterable[dict]) -> None:
         """The rows as CSV."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         if not distributed.rank():
-            write_csv(self.folder / f"{self.what}.csv", rows)
+            write_csv(self.folder / f"{self.name}.csv", rows)
+
+    def picture(self, group: Group) -> Path:
+        """A group's picture, without the end of its name."""
+        return self.folder / f"{self.name}-{group.name}"
 
     def pictures(self, draw: Callable[[Group], str], groups: Sequence[Group]) -> None:
         """One of each group; `draw` names its files."""
         names = [] if distributed.rank() else [draw(group) for group in groups]
-        self.say(f"Written to {self.folder}: {', '.join([f'{self.what}.csv', *names])}")
+        self.say(f"Written to {self.folder}: {', '.join([f'{self.name}.csv', *names])}")
 
 
-def _groups(known: dict[str, Group], what: str, only: Sequence[str]) -> list[Group]:
-    """Those that the command shows. Raises ValueError for a name in `only` that is none of them."""
-    shown = {name: group for name, group in known.items() if what in group.shown}
-    if unknown := [name for name in only if name not in shown]:
-        raise ValueError(f"{what} has no group {unknown[0]!r}: there are {', '.join(shown) or 'none'}")
-    return [group for name, group in shown.items() if not only or name in only]
+def _chosen(known: Sequence[Group], only: Sequence[str], output: Output) -> list[Group]:
+    """The groups to run: those in `only`, or all that have data.
+
+    Raises ValueError for a name that is none of them and for a group that cannot be run, FileNotFoundError
+    where one that was named lacks its data, or all do.
+    """
+    names = [group.name for group in known]
+    if unknown := [name for name in only if name not in names]:
+        raise ValueError(f"{output.what} has no group {unknown[0]!r}: there are {', '.join(names) or 'none'}")
+    chosen, missing = [], None
+    for group in known:
+        if not only or group.name in only:
+            try:
+                _require_data(group)
+                chosen.append(group)
+            except data.Missing as error:
+                missing = error
+                if not only:
+                    output.say(f"{group.name} is left out: {error}")
+    if missing and (only or not chosen):
+        raise missing
+    for group in chosen:
+        recipes.rehearse(group)
+    return chosen
 
 
-def _has_data(group: Group, insist: bool, output: Output) -> bool:
-    """Whether a group's images and first weights are there. Raises FileNotFoundError where we insist."""
-    base = group.base
-    try:
-        data.load(base.dataset, base.data)
-        if group.weights and not Path(base.data, group.weights).is_file():
-            raise FileNotFoundError(
-                f"no {group.weights} in {base.data}: put the weights of {group.title} there, from "
-                f"{group.weights_from}"
-            )
-    except FileNotFoundError as error:
-        if insist:
-            raise
-        output.say(f"{group.name} is left out: {error}")
-        return False
-    return True
+def _require_data(group: Group) -> None:
+    data.load(group.base.dataset, group.base.data)
+    runs.require_weights(group.base, group.weights, group.weights_from)
 
 
-def _rows(groups: Sequence[Group], seeds: int, output: Output) -> list[Row]:
-    """Of every run of the groups from every seed."""
+def _outcomes(known: Sequence[Group], chosen: Sequence[Group], seeds: int, output: Output) -> list[Outcome]:
+    """Of every run of the chosen groups from every seed, and what is there of the others."""
     jobs = [
         Job(group, recipe, seed, output.runs)
-        for group in groups
+        for group in known
         for seed in range(min(seeds, group.seeds))
         for recipe in group.recipes
     ]
-    return [row for found in _each(jobs, cuts.measure, output) for row in found]
+    wanted = [job for job in jobs if job.group in chosen or job.outcomes.exists()]
+    return [outcome for found in _each(wanted, cuts.measure, output) for outcome in found]
 
 
 def _each(jobs: Sequence[Job], function: Callable, output: Output) -> list:
@@ -149,11 +171,12 @@ def _each(jobs: Sequence[Job], function: Callable, output: Output) -> list:
 
 
 def _table3(output: Output, only: Sequence[str], device: torch.device) -> None:
-    networks = [network for network in step_times.NETWORKS if not only or network.name in only]
-    if not networks:
-        known = ", ".join(network.name for network in step_times.NETWORKS)
-        raise ValueError(f"table3 has no network {only[0]!r}: there are {known}")
-    found = []
+    known = {network.name: network for network in step_times.NETWORKS}
+    if unknown := [name for name in only if name not in known]:
+        raise ValueError(f"table3 has no network {unknown[0]!r}: there are {', '.join(known)}")
+    if distributed.world_size() > 1:
+        raise ValueError("table3 times the steps of one process: run it without torchrun")
+    networks, found = [known[name] for name in only or known], []
     with progress(output.console) as bar:
         task = bar.add_task("timing steps", total=len(networks) * (TIMED_STEPS + 1), note="")
         for network in networks:
@@ -162,34 +185,44 @@ def _table3(output: Output, only: Sequence[str], device: torch.device) -> None:
     output.table(step_times.table(output.heading, found), map(asdict, found))
 
 
-def _fine_tuned(output: Output, groups: Sequence[Group], rows: Sequence[Row]) -> None:
-    lines = tables.lines(tables.PUBLISHED[output.what], rows)
-    output.table(tables.table(output.heading, lines), ({**asdict(x), "drop": x.drop} for x in lines))
+def _titles(groups: Sequence[Group]) -> dict[str, str]:
+    return {group.name: group.title for group in groups}
 
 
-def _unaided(output: Output, groups: Sequence[Group], rows: Sequence[Row]) -> None:
-    titles = {group.name: group.title for group in groups}
-    output.table(unaided.table(output.heading, titles, rows), map(asdict, rows))
+def _fine_tuned(output: Output, groups: Sequence[Group], outcomes: Sequence[Outcome]) -> None:
+    lines = tables.lines(output.what, _titles(groups), outcomes)
+    output.table(tables.table(output.heading, lines), map(asdict, lines))
 
 
-def _figure2(output: Output, groups: Sequence[Group], rows: Sequence[Row]) -> None:
+def _unaided(output: Output, groups: Sequence[Group], outcomes: Sequence[Outcome]) -> None:
+    lines = unaided.lines(_titles(groups), outcomes)
+    output.table(unaided.table(output.heading, lines), map(asdict, lines))
+
+
+def _figure2(output: Output, groups: Sequence[Group], outcomes: Sequence[Outcome]) -> None:
     def draw(group: Group) -> str:
-        own = [row for row in rows if row.group == group.name]
-        return pictures.accuracies(output.folder, output.heading, group, own)
+        own = [outcome for outcome in outcomes if outcome.group == group.name]
+        return pictures.accuracies(output.picture(group), output.heading, group, own)
 
-    output.rows(map(asdict, rows))
-    output.pictures(draw, groups)
+    output.rows(map(asdict, outcomes))
+    shown = {outcome.group for outcome in outcomes if outcome.macs}
+    output.pictures(draw, [group for group in groups if group.name in shown])
 
 
 def _figure3(output: Output, groups: Sequence[Group]) -> None:
     """From seed 0."""
-    whole = [replace(group, fine_tune=None) for group in groups]
+    whole = [_without_fine_tuning(group) for group in groups]
     jobs = [Job(group, group.recipe(name), 0, output.runs) for group in whole for name in group.norms]
     norms = [norm for found in _each(jobs, pictures.norms_of, output) for norm in found]
 
     def draw(group: Group) -> str:
         own = [norm for norm in norms if norm.group == group.name]
-        return pictures.norms(output.folder, output.heading, group, own)
+        return pictures.norms(output.picture(group), output.heading, group, own)
 
     output.rows(map(asdict, norms))
-    output.pictures(draw, groups)
+    shown = {norm.group for norm in norms}
+    output.pictures(draw, [group for group in groups if group.name in shown])
+
+
+def _without_fine_tuning(group: Group) -> Group:
+    return replace(group, recipes=tuple(replace(recipe, fine_tune=None) for recipe in group.recipes))

@@ -1,12 +1,16 @@
 """Training runs known by what decides their weights: done once, gone on with after an interruption."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 import efreg
-from efreg.lab import checkpoints, distributed, engine
+from efreg.lab import checkpoints, data, distributed, engine
 from efreg.lab.checkpoints import Settings
 
 Tick = Callable[[int], None]
@@ -14,18 +18,23 @@ Tick = Callable[[int], None]
 
 
 def digest(settings: Settings, *more) -> str:
-    """Eight letters that change with all that decides the weights a training ends with, and with `more`."""
+    """Eight letters that change with all that decides the weights a training ends with, and with `more`.
+
+    Where the data lies does not, unless it is a folder of images; the number of processes does.
+    """
     device = engine.device_named(settings.device)
     decisive = replace(
         settings,
-        data="",
+        data=str(Path(settings.data).resolve()) if settings.dataset == "imagefolder" else "",
         weights=settings.weights and Path(settings.weights).name,
         device=device.type,
         precision=str(engine.dtype_of(settings.precision, device)),
     )
     chosen = [(f.name, getattr(decisive, f.name)) for f in fields(Settings)]
-    text = repr([(name, value) for name, value in chosen if value != getattr(Settings(), name)] + [*more])
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    told = [(name, value) for name, value in chosen if value != getattr(Settings(), name)] + [*more]
+    if distributed.world_size() > 1:
+        told.append(("processes", distributed.world_size()))
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:8]
 
 
 def stem(name: str, settings: Settings, *more) -> str:
@@ -33,6 +42,43 @@ def stem(name: str, settings: Settings, *more) -> str:
     for old, new in ((",", ""), ("α ", ""), ("= ", ""), ("(", ""), (")", ""), (" ", "-")):
         name = name.replace(old, new)
     return f"{name}-{settings.seed}-{digest(settings, *more)}"
+
+
+def fingerprint(path: str | Path) -> str:
+    """Of a file's content; empty where there is no such file."""
+    path = Path(path)
+    return _fingerprint(path, path.stat().st_mtime_ns) if path.is_file() else ""
+
+
+@cache
+def _fingerprint(path: Path, changed: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def require_weights(settings: Settings, weights: str | None, weights_from: str) -> None:
+    """Raises data.Missing where the file of first weights is not in the folder of the data."""
+    if weights and not Path(settings.data, weights).is_file():
+        raise data.Missing(
+            f"no {weights} in {settings.data}: put the public weights of {settings.model} there, from "
+            f"{weights_from}"
+        )
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """While no other command works in the folder. Raises ValueError where one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        if distributed.rank() == 0:
+            lock.acquire(blocking=False)
+        yield
+    except Timeout as error:
+        raise ValueError(
+            f"another efreg paper works in {folder}: wait for it, or name another --out"
+        ) from error
+    finally:
+        lock.release()
 
 
 def resume(settings: Settings, path: Path) -> engine.Run:

@@ -1,72 +1,76 @@
 """Tables 4 to 6, of pruned and fine-tuned networks: what is published, and ours beside it."""
 
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan, nan
 
 from efreg.lab.paper import markdown
-from efreg.lab.paper.cuts import Row
+from efreg.lab.paper.cuts import Outcome
 from efreg.lab.paper.published import TABLE4, TABLE5, TABLE6
-from efreg.lab.paper.published import Row as Published
+from efreg.lab.paper.spread import spread
 
 PUBLISHED = {"table4": TABLE4, "table5": TABLE5, "table6": TABLE6}
+NETWORKS = {"table4": "ResNet-56, CIFAR-10", "table5": "VGG-19, CIFAR-100", "table6": "ResNet-34, ImageNet"}
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a table. Accuracies are in percent, drop in points; of ours means over n seeds.
+    """A line of a table. Accuracies are in percent, drop in points; of ours means over seeds.
 
     base: before pruning, with us of the network that was trained with the force. right_after: right after
-    pruning. pruned: fine-tuned. A line of the paper's has printed_drop where that is not base − pruned.
+    pruning. pruned: fine-tuned. n: seeds that did not diverge. A line of the paper's has printed_drop where
+    that is not base − pruned.
     """
 
     method: str
     source: str
     base: float
     pruned: float
+    drop: float
     speedup: float
     deviation: float = nan
     right_after: float = nan
     n: int = 0
+    diverged: int = 0
     epochs: str = ""
     on: str = ""
     printed_drop: float | None = None
 
-    @property
-    def drop(self) -> float:
-        """Points lost."""
-        return self.base - self.pruned
 
-
-def lines(published: Iterable[Published], rows: Iterable[Row]) -> list[Line]:
-    """Published and ours, by speedup; last what diverged."""
-    theirs = [Line(source="paper", **vars(row)) for row in published]
-    ours = [_line(found) for found in seeds_together(rows)]
+def lines(what: str, titles: Mapping[str, str], outcomes: Iterable[Outcome]) -> list[Line]:
+    """Published and ours, by speedup. titles: of each group the network and its images."""
+    theirs = [Line(source="paper", drop=row.base - row.pruned, **vars(row)) for row in PUBLISHED[what]]
+    ours = []
+    for found in seeds_together(outcomes):
+        title = titles[found[0].group]
+        ours.append(_line(found, "" if title == NETWORKS[what] else f"{title}: "))
     return sorted([*theirs, *ours], key=lambda line: (isnan(line.speedup), round(line.speedup, 2)))
 
 
-def seeds_together(rows: Iterable[Row]) -> list[list[Row]]:
-    """Rows of the same run and cut, one a seed."""
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.group, row.run, row.ratio), []).append(row)
+def seeds_together(outcomes: Iterable[Outcome]) -> list[list[Outcome]]:
+    """Those of the same run and cut, one a seed."""
+    groups: dict[tuple, list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault((outcome.group, outcome.run, outcome.ratio), []).append(outcome)
     return list(groups.values())
 
 
-def _line(rows: Sequence[Row]) -> Line:
-    first, pruned = rows[0], [row.fine_tuned for row in rows]
+def _line(found: Sequence[Outcome], network: str) -> Line:
+    base, after = spread(x.before for x in found), spread(x.accuracy for x in found)
+    pruned, drop = spread(x.fine_tuned for x in found), spread(x.before - x.fine_tuned for x in found)
     return Line(
-        method=first.run,
+        method=network + found[0].run,
         source="ours",
-        base=statistics.mean(row.before for row in rows),
-        pruned=statistics.mean(pruned),
-        speedup=first.speedup,
-        deviation=statistics.stdev(pruned) if len(rows) > 1 else nan,
-        right_after=statistics.mean(row.accuracy for row in rows),
-        n=len(rows),
-        epochs=f"{first.epochs} + {first.fine_tune_epochs}",
-        on=f"{first.dtype}, {first.device}",
+        base=base.mean,
+        pruned=pruned.mean,
+        drop=drop.mean,
+        speedup=spread(x.speedup for x in found).mean,
+        deviation=pruned.deviation,
+        right_after=after.mean,
+        n=pruned.n,
+        diverged=pruned.diverged,
+        epochs=found[0].epochs,
+        on=found[0].on,
     )
 
 
@@ -81,19 +85,25 @@ def table(heading: str, lines: Sequence[Line]) -> str:
         [
             f"### {heading}",
             markdown.table(head, body),
-            "Ours in bold: means over n seeds, ± standard deviation. Base: with us the network that was "
-            "trained with the force, before it is cut. The drop is base − pruned, computed here.",
+            "Ours in bold: means over n seeds, ± standard deviation, from pretrained (p) or random (r) "
+            "weights. Base: with us the network that was trained with the force, before it is cut. The drop "
+            "is base − pruned, computed here.",
             *footnotes,
         ]
     )
 
 
 def _cells(line: Line, mark: str) -> list[str]:
-    if line.source == "ours" and isnan(line.pruned):
-        return [f"**{line.method}**", "diverged", *[""] * 4, str(line.n), line.epochs, line.on]
-    accuracies = [f"{line.base:.2f}", f"{line.pruned:.2f}", f"{line.drop:.2f}{mark}", f"{line.speedup:.2f}×"]
+    speedup = "" if isnan(line.speedup) else f"{line.speedup:.2f}×"
+    pruned, right_after = markdown.figure(line.pruned, line.deviation), markdown.figure(line.right_after)
+    figures = [markdown.figure(line.base), pruned, markdown.figure(line.drop) + mark, speedup]
     if line.source == "paper":
-        return [line.method, *accuracies, *[""] * 4]
-    if not isnan(line.deviation):
-        accuracies[1] += f" ± {line.deviation:.2f}"
-    return [f"**{line.method}**", *accuracies, f"{line.right_after:.2f}", str(line.n), line.epochs, line.on]
+        return [line.method, *figures, *[""] * 4]
+    return [
+        f"**{line.method}**",
+        *figures,
+        right_after,
+        markdown.seeds(line.n, line.diverged),
+        line.epochs,
+        line.on,
+    ]
