@@ -550,7 +550,13 @@ def test_zero_epochs_take_the_first_weights(tmp_path, reproduced):
 
 
 def test_step_times_are_paired(monkeypatch, tmp_path):
-    """On a clock that each method moves by its own step: the ratios are those of the clock."""
+    """On a clock that each method moves by its own step: the ratios are those of the clock.
+
+    The forces pull the 6 layers that a plan prunes.
+    """
+    pulled = []
+    for name in ("paper_loop", "l1_autograd"):
+        monkeypatch.setattr(loops, name, lambda weights: pulled.append(len(weights)))
     small = step_times.Network("small", "ResNet-56, CIFAR-10", lambda: models.resnet14(), 3, 2)
     monkeypatch.setattr(step_times, "NETWORKS", (small,))
     taken = iter(range(10**6))
@@ -559,6 +565,7 @@ def test_step_times_are_paired(monkeypatch, tmp_path):
     run("table3", tmp_path)
     found = rows(tmp_path / "table3.csv")
     assert [float(r["ratio"]) for r in found] == [1, 2, 3, 4, 5, 6]
+    assert set(pulled) == {6}
     text = (tmp_path / "table3.md").read_text(encoding="utf-8")
     assert "| ResNet-56, CIFAR-10 | electrostatic, the paper's loop | 4.91 | ×4.68 | 3000 | ×3.000 |" in text
     with pytest.raises(ValueError, match="table3 has no network 'x': there are small"):
