@@ -23,7 +23,7 @@ TITLES = {
     "figure2": "Figure 2: accuracy right after pruning, nothing trained again",
     "figure3": "Figure 3: filters' L1 norms, of each layer's largest",
 }
-TIMED_STEPS = 20
+TIMED_STEPS = 10
 
 
 def run(
