@@ -1,7 +1,8 @@
 """The runs behind the paper's tables and figures, read from recipes.toml or a file of the user's own."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -104,18 +105,13 @@ def read(path: str | Path = OURS) -> dict[str, Group]:
     return groups
 
 
-class _naming:
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
     """Puts a name in front of what is wrong inside."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, (TypeError, ValueError)):
-            raise ValueError(f"{self.name}: {error}") from error
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _group(name: str, told: dict[str, Any]) -> Group:

@@ -60,7 +60,7 @@ def run(
             ]
             chosen = _chosen(known, only, output)
             if what == "figure3":
-                return _figure3(output, chosen)
+                return _figure3(output, known, chosen)
             show = {"figure2": _figure2, "no-finetuning": _unaided}.get(what, _fine_tuned)
             show(output, known, _outcomes(known, chosen, seeds, output))
 
@@ -209,10 +209,15 @@ def _figure2(output: Output, groups: Sequence[Group], outcomes: Sequence[Outcome
     output.pictures(draw, [group for group in groups if group.name in shown])
 
 
-def _figure3(output: Output, groups: Sequence[Group]) -> None:
-    """From seed 0."""
-    whole = [_without_fine_tuning(group) for group in groups]
-    jobs = [Job(group, group.recipe(name), 0, output.runs) for group in whole for name in group.norms]
+def _figure3(output: Output, groups: Sequence[Group], chosen: Sequence[Group]) -> None:
+    """From seed 0; of the groups that were not chosen what is there."""
+    jobs = [
+        Job(_without_fine_tuning(group), group.recipe(name), 0, output.runs)
+        for group in groups
+        for name in group.norms
+    ]
+    names = {group.name for group in chosen}
+    jobs = [job for job in jobs if job.group.name in names or job.network.exists()]
     norms = [norm for found in _each(jobs, pictures.norms_of, output) for norm in found]
 
     def draw(group: Group) -> str:
