@@ -179,7 +179,16 @@ def _parser() -> argparse.ArgumentParser:
 TRAIN_EXAMPLES = """efreg train --model resnet20 --alpha 1e-11 --out runs/digits
   efreg train --dataset cifar10 --model resnet56 --alpha 1e-12 --schedule p1 --epochs 200 --out runs/c10
   efreg train --resume --out runs/c10"""
-PAPER = ("forces", "table3", "table4", "table5", "table6", "no-finetuning", "figure2", "figure3")
+PAPER = {
+    "forces": "which force keeps most when filters are removed, and at what strength",
+    "table3": "what a training step costs",
+    "table4": "ResNet-56 on CIFAR-10, pruned and fine-tuned",
+    "table5": "VGG-19 on CIFAR-100",
+    "table6": "ResNet-34 on ImageNet",
+    "no-finetuning": "points lost right after pruning",
+    "figure2": "accuracy right after pruning at every ratio",
+    "figure3": "norms of filters",
+}
 PAPER_EXAMPLES = """efreg paper forces
   efreg paper forces --data data --only digits cifar10 --seeds 3
   efreg paper table4 --data data --epochs-scale 0.05
@@ -257,7 +266,12 @@ def _report_options(parser: argparse.ArgumentParser) -> None:
 
 def _paper_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("what", choices=PAPER, metavar="WHAT", help=f"{', '.join(PAPER)}; forces compares those we have")
+    add(
+        "what",
+        choices=PAPER,
+        metavar="WHAT",
+        help="; ".join(f"{name}: {what}" for name, what in PAPER.items()),
+    )
     add("--data", metavar="DIR", default="data", help="folder of the data sets and weights (%(default)s)")
     add("--only", nargs="+", default=(), metavar="NAME", help="of the studies or groups of runs these (all)")
     add("--seeds", type=int, default=3, help="seeds of each run, at most (%(default)s)")

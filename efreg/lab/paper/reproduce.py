@@ -125,18 +125,18 @@ def _chosen(known: Sequence[Group], only: Sequence[str], output: Output) -> list
     names = [group.name for group in known]
     if unknown := [name for name in only if name not in names]:
         raise ValueError(f"{output.what} has no group {unknown[0]!r}: there are {', '.join(names) or 'none'}")
-    chosen, missing = [], None
+    chosen, missing = [], {}
     for group in known:
         if not only or group.name in only:
             try:
                 _require_data(group)
                 chosen.append(group)
             except data.Missing as error:
-                missing = error
-                if not only:
-                    output.say(f"{group.name} is left out: {error}")
+                missing[group.name] = error
     if missing and (only or not chosen):
-        raise missing
+        raise next(iter(missing.values()))
+    for name, error in missing.items():
+        output.say(f"{name} is left out: {error}")
     for group in chosen:
         recipes.rehearse(group)
     return chosen
