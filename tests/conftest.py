@@ -62,3 +62,14 @@ def backend(request):
         if request.param in os.environ.get("EFREG_REQUIRE", "").split(","):
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def few_digits():
+    """Every fourth of the digits: 337 and 113 images."""
+    from efreg.lab import data
+
+    parts = [(images[::4].clone(), labels[::4].clone()) for images, labels in data._load_digits()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "_load_digits", lambda: parts)
+        yield

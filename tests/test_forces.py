@@ -29,11 +29,9 @@ TINY = Study(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_digits():
-    """Every fourth of the digits: 337 and 113 images."""
-    parts = [(images[::4].clone(), labels[::4].clone()) for images, labels in data._load_digits()]
+def small(few_digits):
+    """A study of few runs, and latencies of few repeats."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "_load_digits", lambda: parts)
         patch.setitem(studies.STUDIES, "tiny", TINY)
         patch.setattr(forces, "LATENCY_REPEATS", 2)
         yield

@@ -38,13 +38,7 @@ runs = [
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_digits():
-    """Every fourth of the digits: 337 and 113 images."""
-    parts = [(images[::4].clone(), labels[::4].clone()) for images, labels in data._load_digits()]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "_load_digits", lambda: parts)
-        yield
+pytestmark = pytest.mark.usefixtures("few_digits")
 
 
 def run(what, out, text=MINE, **options):
