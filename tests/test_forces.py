@@ -358,3 +358,21 @@ def test_rows_read_back_are_those_written(studied):
     written = forces.read(studied[0] / "forces-tiny.csv")
     with open(studied[0] / "forces-tiny.csv", newline="") as file:
         assert [{k: str(v) for k, v in asdict(r).items()} for r in written] == list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_way_with_a_seed_that_diverged_is_said_to_have(seed):
+    """Whichever of two it is: its strength is not chosen, and the table can be made."""
+    kept = results("L1", 0.1, 7 * [50.0], 7 * [60.0])
+    wild = results("L1", 1.0, 7 * [90.0], 7 * [90.0])
+    nothing = {"accuracy": nan, "recalibrated": nan, "chosen_by": nan}
+    wild = [replace(r, **nothing) if r.seed == seed else r for r in wild]
+    (chosen,) = forces.best(forces.lines([*kept, *wild]))
+    assert chosen.line.alpha == 0.1
+    assert "diverged" in forces.tables(TINY, wild, LATENCIES)
+
+
+def test_forces_runs_in_one_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="forces runs in one process: start it without torchrun"):
+        run(tmp_path)

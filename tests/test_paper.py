@@ -49,7 +49,10 @@ def run(what, out, text=MINE, **options):
     file.write_text(text)
     printed = io.StringIO()
     console = Console(file=printed, width=200)
-    reproduce.run(what, out, recipes_file=file, device="cpu", console=console, **{"seeds": 1, **options})
+    given = {"seeds": 1, **options}
+    if what != "table3":
+        given["recipes_file"] = file
+    reproduce.run(what, out, device="cpu", console=console, **given)
     return printed.getvalue()
 
 
@@ -562,6 +565,8 @@ def test_step_times_are_paired(monkeypatch, tmp_path):
     assert set(pulled) == {6}
     text = (tmp_path / "table3.md").read_text(encoding="utf-8")
     assert "| ResNet-56, CIFAR-10 | electrostatic, the paper's loop | 4.91 | ×4.68 | 3000 | ×3.000 |" in text
+    with pytest.raises(ValueError, match="table3 times steps of its own networks: drop --epochs-scale"):
+        run("table3", tmp_path, epochs_scale=0.5)
     with pytest.raises(ValueError, match="table3 has no network 'x': there are small"):
         run("table3", tmp_path, only=["x"])
 

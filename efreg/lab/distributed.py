@@ -10,6 +10,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 
+def launched() -> int:
+    """How many processes torchrun has started, of which this is one; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 @contextmanager
 def processes(device: str) -> Iterator[None]:
     """Joins the processes that torchrun started for a training on `device`, and parts from them at the end.
@@ -17,7 +22,7 @@ def processes(device: str) -> Iterator[None]:
     On GPUs each process takes the one of its LOCAL_RANK as the current one; they talk by NCCL, on CPUs by
     Gloo. Without torchrun, or with one process, nothing happens. Raises ValueError where GPUs are too few.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if launched() == 1:
         yield
         return
     on_gpus = torch.cuda.is_available() and device.startswith(("auto", "cuda"))

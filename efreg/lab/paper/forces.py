@@ -1,6 +1,5 @@
 """Which force keeps most: a study's candidates trained, pruned at every ratio, and set beside each other."""
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import nan
@@ -10,7 +9,7 @@ import torch
 from rich.console import Console
 
 import efreg
-from efreg.lab import data, engine, figures
+from efreg.lab import data, distributed, engine, figures
 from efreg.lab.checkpoints import Settings, replacing
 from efreg.lab.logs import progress, read_csv, write_csv
 from efreg.lab.paper import markdown, runs
@@ -38,7 +37,7 @@ def run(
     """
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}: it must be at least 1")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if distributed.launched() > 1:
         raise ValueError("forces runs in one process: start it without torchrun")
     if unknown := [name for name in only if name not in STUDIES]:
         raise ValueError(f"forces has no study {unknown[0]!r}: there are {', '.join(STUDIES)}")

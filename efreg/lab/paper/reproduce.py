@@ -48,6 +48,8 @@ def run(
         raise ValueError(f"seeds is {seeds}: it must be at least 1")
     if not 0 < epochs_scale <= 1:
         raise ValueError(f"the scale of the epochs is {epochs_scale:g}: it is a share of them, in (0, 1]")
+    if what == "table3" and (epochs_scale != 1 or recipes_file != recipes.OURS):
+        raise ValueError("table3 times steps of its own networks: drop --epochs-scale and --recipes")
     with distributed.processes(device):
         output = Output(what, Path(out), epochs_scale, Console(quiet=True) if distributed.rank() else console)
         with runs.alone(output.runs):

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isnan
+from math import isnan, nan
 from pathlib import Path
 
 from efreg.lab.logs import read_csv
@@ -103,6 +103,8 @@ def _line(key: tuple, results: Sequence[Result]) -> Line:
 
 
 def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    if any(map(isnan, values)):  # statistics.stdev takes no NaN
+        return nan, nan
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 

@@ -3,7 +3,7 @@
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -166,8 +166,8 @@ def _cells(time: StepTime) -> list[str]:
     ]
 
 
-def _published(hours: Hours, method: str) -> Iterator[str]:
+def _published(hours: Hours, method: str) -> list[str]:
     if method not in PUBLISHED:
-        return iter(("", ""))
+        return ["", ""]
     value = getattr(hours, PUBLISHED[method])
-    return iter((f"{value:.2f}", f"×{value / hours.dense:.2f}"))
+    return [f"{value:.2f}", f"×{value / hours.dense:.2f}"]
