@@ -1,5 +1,6 @@
 """The demo and the sweep: what is shown is what was measured, and a second run shows the same."""
 
+import copy
 import csv
 import io
 from dataclasses import replace
@@ -245,6 +246,17 @@ def test_a_sweep_re_estimates_statistics_on_training_images(swept):
             small.train()(images)
         assert abs(cut.recalibrated - engine.evaluate(small, digits.test)[1]) <= 100 * 3 / 113
     assert any(cut.recalibrated != cut.accuracy for cut in found)
+
+
+def test_a_sweep_computes_in_its_dtype(swept):
+    """Statistics are re-estimated (in training mode) in the arithmetic of the evaluation."""
+    model, digits, _, _ = swept
+    seen = set()
+    model = copy.deepcopy(model)
+    model.conv1.register_forward_hook(lambda conv, _, output: seen.add((conv.training, output.dtype)))
+    sweep.sweep(model, digits, ratios=(0.0,), dtype=torch.bfloat16)
+    assert {(True, torch.bfloat16), (False, torch.bfloat16)} <= seen
+    assert (True, torch.float32) not in seen
 
 
 def test_blocks_left_alone_stay_whole(swept):

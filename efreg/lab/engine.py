@@ -222,9 +222,14 @@ def start_lr(settings: Settings) -> float:
     return START_LR.get(settings.schedule, 0.1) if settings.lr is None else settings.lr
 
 
+def computing(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """The context of forward passes in `dtype`, in training of one alone: it keeps casts of the weights."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 def loss_of(model: nn.Module, inputs: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The mean cross-entropy of a batch, and the logits, made in `dtype`."""
-    with _computing(dtype, inputs.device):
+    with computing(dtype, inputs.device):
         logits = _full(model(inputs))
     return F.cross_entropy(logits, labels), logits
 
@@ -304,7 +309,7 @@ def evaluate(
     model.eval()
     tally = _Tally()
     for inputs, labels in images.batches(batch_size):
-        with _computing(dtype, inputs.device):
+        with computing(dtype, inputs.device):
             logits = _full(model(inputs))
         tally.add(logits, labels)
     model.train(training)
@@ -355,11 +360,6 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type != "cpu" or not cpuinfo.exists():
         return False
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpuinfo.read_text().split())
-
-
-def _computing(dtype: torch.dtype, device: torch.device) -> torch.autocast:
-    """The context of one forward pass; a longer one would keep casts of weights that have changed since."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def _full(logits: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def sweep(
 ) -> list[Cut]:
     """The network cut at each of the ratios, every time from the whole one; `tick` is called after each.
 
-    dtype: what the networks compute in when they are evaluated.
+    dtype: what the networks compute in when they are evaluated and their statistics re-estimated.
     """
     cuts = []
     for ratio in ratios:
@@ -149,6 +149,7 @@ def _cut(
     small = pruned(model, ratio, example, skip)
     accuracy = engine.evaluate(small, images.test, dtype=dtype)[1]
     macs = efreg.macs(small, example[:1])
-    efreg.recalibrate(small, islice(images.train.epoch(250, 0, 0), STATISTICS_BATCHES))
+    with engine.computing(dtype, example.device):
+        efreg.recalibrate(small, islice(images.train.epoch(250, 0, 0), STATISTICS_BATCHES))
     recalibrated = engine.evaluate(small, images.test, dtype=dtype)[1]
     return Cut(ratio, accuracy, recalibrated, macs, sum(p.numel() for p in small.parameters()))
