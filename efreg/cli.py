@@ -181,6 +181,7 @@ TRAIN_EXAMPLES = """efreg train --model resnet20 --alpha 1e-11 --out runs/digits
   efreg train --resume --out runs/c10"""
 PAPER = {
     "forces": "which force keeps most when filters are removed, and at what strength",
+    "speedups": "MACs and parameters at the paper's cuts, nothing trained",
     "table3": "what a training step costs",
     "table4": "ResNet-56 on CIFAR-10, pruned and fine-tuned",
     "table5": "VGG-19 on CIFAR-100",

@@ -15,7 +15,18 @@ import efreg
 from efreg import reference
 from efreg.lab import data, engine, models
 from efreg.lab.checkpoints import Settings
-from efreg.lab.paper import cuts, loops, published, recipes, reproduce, runs, step_times, tables, unaided
+from efreg.lab.paper import (
+    cuts,
+    loops,
+    published,
+    recipes,
+    reproduce,
+    runs,
+    speedups,
+    step_times,
+    tables,
+    unaided,
+)
 from efreg.lab.paper.cuts import Job, Outcome
 from efreg.lab.sweep import pruned
 
@@ -50,7 +61,7 @@ def run(what, out, text=MINE, **options):
     printed = io.StringIO()
     console = Console(file=printed, width=200)
     given = {"seeds": 1, **options}
-    if what != "table3":
+    if what not in ("speedups", "table3"):
         given["recipes_file"] = file
     reproduce.run(what, out, device="cpu", console=console, **given)
     return printed.getvalue()
@@ -546,6 +557,20 @@ def test_zero_epochs_take_the_first_weights(tmp_path, reproduced):
         assert torch.equal(a, b)
 
 
+def test_speedups_stand_beside_the_published(tmp_path):
+    run("speedups", tmp_path, only=["resnet56-mnist"])
+    whole, *cut = rows(tmp_path / "speedups.csv")
+    assert [f"{float(row['speedup']):.3f}" for row in (whole, *cut)] == ["1.000", "5.306", "11.873"]
+    assert [int(whole["macs"]) / int(row["macs"]) for row in cut] == [float(row["speedup"]) for row in cut]
+    text = (tmp_path / "speedups.md").read_text(encoding="utf-8")
+    assert "| ResNet-56, MNIST | 0.9 | 10,543,744 | 81,214 | 11.873× | 11.87× |" in text
+    assert speedups.NETWORKS.keys() == {"resnet34-imagenet", *step_times.NETWORKS, "vgg19-cifar100"}
+    assert {network.title for network in speedups.NETWORKS.values()} == published.SPEEDUPS.keys()
+    assert speedups.NETWORKS["resnet34-imagenet"].skip == recipes.read()["table6"].base.skip
+    with pytest.raises(ValueError, match="speedups trains nothing: drop --epochs-scale"):
+        run("speedups", tmp_path, epochs_scale=0.5)
+
+
 def test_step_times_are_paired(monkeypatch, tmp_path):
     """On a clock that each method moves by its own step: the ratios are those of the clock.
 
@@ -554,8 +579,8 @@ def test_step_times_are_paired(monkeypatch, tmp_path):
     pulled = []
     for name in ("paper_loop", "l1_autograd"):
         monkeypatch.setattr(loops, name, lambda weights: pulled.append(len(weights)))
-    small = step_times.Network("small", "ResNet-56, CIFAR-10", lambda: models.resnet14(), 3, 2)
-    monkeypatch.setattr(step_times, "NETWORKS", (small,))
+    small = step_times.Network("ResNet-56, CIFAR-10", lambda: models.resnet14(), 3, 2)
+    monkeypatch.setattr(step_times, "NETWORKS", {"small": small})
     taken = iter(range(10**6))
     monkeypatch.setattr(step_times, "_seconds", lambda step, device: (step(), 1.0 + next(taken) % 6)[1])
     monkeypatch.setattr(reproduce, "TIMED_STEPS", 4)
@@ -565,7 +590,7 @@ def test_step_times_are_paired(monkeypatch, tmp_path):
     assert set(pulled) == {6}
     text = (tmp_path / "table3.md").read_text(encoding="utf-8")
     assert "| ResNet-56, CIFAR-10 | electrostatic, the paper's loop | 4.91 | ×4.68 | 3000 | ×3.000 |" in text
-    with pytest.raises(ValueError, match="table3 times steps of its own networks: drop --epochs-scale"):
+    with pytest.raises(ValueError, match="table3 trains nothing: drop --epochs-scale"):
         run("table3", tmp_path, epochs_scale=0.5)
     with pytest.raises(ValueError, match="table3 has no network 'x': there are small"):
         run("table3", tmp_path, only=["x"])

@@ -1,8 +1,9 @@
 """`efreg paper table3 ... figure3`: what is missing is run, then the published figures stand beside ours."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -10,11 +11,12 @@ from rich.console import Console
 from efreg.lab import data, distributed, engine
 from efreg.lab.checkpoints import replacing
 from efreg.lab.logs import progress, write_csv
-from efreg.lab.paper import cuts, pictures, recipes, runs, step_times, tables, unaided
+from efreg.lab.paper import cuts, pictures, recipes, runs, speedups, step_times, tables, unaided
 from efreg.lab.paper.cuts import Job, Outcome
 from efreg.lab.paper.recipes import Group
 
 TITLES = {
+    "speedups": "Speedups: what is left of the paper's networks",
     "table3": "Table 3: what a training step costs",
     "table4": "Table 4: ResNet-56 on CIFAR-10, pruned and fine-tuned",
     "table5": "Table 5: VGG-19 on CIFAR-100, pruned and fine-tuned",
@@ -48,13 +50,14 @@ def run(
         raise ValueError(f"seeds is {seeds}: it must be at least 1")
     if not 0 < epochs_scale <= 1:
         raise ValueError(f"the scale of the epochs is {epochs_scale:g}: it is a share of them, in (0, 1]")
-    if what == "table3" and (epochs_scale != 1 or recipes_file != recipes.OURS):
-        raise ValueError("table3 times steps of its own networks: drop --epochs-scale and --recipes")
+    untrained = {"speedups": _speedups, "table3": _table3}.get(what)
+    if untrained and (epochs_scale != 1 or recipes_file != recipes.OURS):
+        raise ValueError(f"{what} trains nothing: drop --epochs-scale and --recipes")
     with distributed.processes(device):
         output = Output(what, Path(out), epochs_scale, Console(quiet=True) if distributed.rank() else console)
         with runs.alone(output.runs):
-            if what == "table3":
-                return _table3(output, only, engine.device_named(device))
+            if untrained:
+                return untrained(output, only, engine.device_named(device))
             known = [
                 group.on(data_folder, device).scaled(epochs_scale)
                 for group in recipes.read(recipes_file).values()
@@ -172,13 +175,23 @@ def _each(jobs: Sequence[Job], function: Callable, output: Output) -> list:
     return found
 
 
-def _table3(output: Output, only: Sequence[str], device: torch.device) -> None:
-    known = {network.name: network for network in step_times.NETWORKS}
+def _speedups(output: Output, only: Sequence[str], _: torch.device) -> None:
+    networks = _networks(output, speedups.NETWORKS, only)
+    found = [size for network in networks for size in speedups.measure(network)]
+    output.table(speedups.table(output.heading, found), map(asdict, found))
+
+
+def _networks(output: Output, known: Mapping[str, Any], only: Sequence[str]) -> list:
+    """Those that are named, or all. Raises ValueError for a name that is none of them, and under torchrun."""
     if unknown := [name for name in only if name not in known]:
-        raise ValueError(f"table3 has no network {unknown[0]!r}: there are {', '.join(known)}")
+        raise ValueError(f"{output.what} has no network {unknown[0]!r}: there are {', '.join(known)}")
     if distributed.world_size() > 1:
-        raise ValueError("table3 times the steps of one process: run it without torchrun")
-    networks, found = [known[name] for name in only or known], []
+        raise ValueError(f"{output.what} measures in one process: run it without torchrun")
+    return [known[name] for name in only or known]
+
+
+def _table3(output: Output, only: Sequence[str], device: torch.device) -> None:
+    networks, found = _networks(output, step_times.NETWORKS, only), []
     with progress(output.console) as bar:
         task = bar.add_task("timing steps", total=len(networks) * (TIMED_STEPS + 1), note="")
         for network in networks:

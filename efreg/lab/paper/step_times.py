@@ -23,18 +23,17 @@ DENSE = "dense"
 class Network:
     """A network as Table 3 has it, at the batch size of the paper."""
 
-    name: str
     title: str
     build: Callable[[], nn.Module]
     channels: int
     batch_size: int
 
 
-NETWORKS = (
-    Network("resnet56-mnist", "ResNet-56, MNIST", lambda: models.resnet56(in_channels=1), 1, 256),
-    Network("resnet56-cifar10", "ResNet-56, CIFAR-10", models.resnet56, 3, 128),
-    Network("vgg19-cifar10", "VGG-19, CIFAR-10", lambda: models.vgg19(num_classes=10), 3, 128),
-)
+NETWORKS = {
+    "resnet56-mnist": Network("ResNet-56, MNIST", lambda: models.resnet56(in_channels=1), 1, 256),
+    "resnet56-cifar10": Network("ResNet-56, CIFAR-10", models.resnet56, 3, 128),
+    "vgg19-cifar10": Network("VGG-19, CIFAR-10", lambda: models.vgg19(num_classes=10), 3, 128),
+}
 
 
 @dataclass(frozen=True)
