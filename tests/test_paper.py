@@ -16,8 +16,10 @@ from efreg import reference
 from efreg.lab import data, engine, models
 from efreg.lab.checkpoints import Settings
 from efreg.lab.paper import (
+    curves,
     cuts,
     loops,
+    pictures,
     published,
     recipes,
     reproduce,
@@ -70,6 +72,11 @@ def run(what, out, text=MINE, **options):
 def rows(path):
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def outcomes(out):
+    """The rows of every seed's runs, in any order."""
+    return [row for path in sorted((out / "runs").glob("*.csv")) for row in rows(path)]
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +259,7 @@ def test_no_recipes(tmp_path):
 def test_a_row_is_what_training_pruning_and_tuning_by_hand_give(reproduced):
     """Both runs, step by step through the library: the force goes on from the dense network."""
     out, _ = reproduced
-    found = {(r["run"], r["seed"], r["ratio"]): r for r in rows(out / "figure2.csv")}
+    found = {(r["run"], r["seed"], r["ratio"]): r for r in outcomes(out)}
     group = recipes.read(out / "recipes.toml")["tiny"].on("data", "cpu")
     dense = engine.Run(replace(group.base, seed=1))
     list(dense.epochs())
@@ -363,6 +370,41 @@ def test_the_pictures(reproduced):
     assert {r["run"] for r in rows(out / "figure2.csv")} == {"dense", "ladder"}
 
 
+def test_figure_2_has_means_of_its_seeds(reproduced):
+    out, _ = reproduced
+    for row in rows(out / "figure2.csv"):
+        found = [o for o in outcomes(out) if (o["run"], o["ratio"]) == (row["run"], row["ratio"])]
+        assert (len(found), row["n"], row["epochs"]) == (2, "2", found[0]["epochs"])
+        for what in ("accuracy", "recalibrated"):
+            a, b = (float(o[what]) for o in found)
+            assert float(row[what]) == pytest.approx((a + b) / 2, abs=1e-9)
+            assert float(row[f"{what}_deviation"]) == pytest.approx(abs(a - b) / 2**0.5, abs=1e-9)
+        assert float(row["speedup"]) == int(found[0]["macs_before"]) / int(found[0]["macs"])
+
+
+def test_figure_2_in_a_table():
+    """A row a run and a column a ratio, the two accuracies apart, groups of one network together."""
+    made = [
+        curves.Point(group, "R", run, ratio, s, 10 * s, nan, 20 * s, 1.0, 2, d, "3", "cpu")
+        for group, run, d in (("short", "L1", 0), ("long", "ladder", 1))
+        for ratio, s in (("0.0", 1.0), ("0.5", 2.0))
+    ]
+    text = curves.table("Figure", made)
+    after, again = text.split("batch-norm statistics re-estimated")
+    assert "| run | 0.0 | 0.5 | n | epochs | on |" in after
+    assert "| L1 | 10.00 | 20.00 | 2 | 3 | cpu |" in after
+    assert "| ladder | 10.00 | 20.00 | 2 (1 diverged) | 3 | cpu |" in after
+    assert "| speedup | 1.00× | 2.00× |" in after
+    assert "| L1 | 20.00 ± 1.00 | 40.00 ± 1.00 | 2 | 3 | cpu |" in again
+
+
+def test_figure_3_in_a_table():
+    norms = [pictures.Norm("g", "L1", "conv", place, n) for place, n in enumerate((1, 0.5, 0.09, 0.01, 0))]
+    text = pictures.norms_table("Figure", {"g": "R"}, norms)
+    assert "| R | L1 | conv | 5 | 1 | 3 | 3 |" in text
+    assert "| network | run | layer | filters | below 1 % | below 10 % | below 50 % |" in text
+
+
 def test_figure_3_shows_sorted_norms(reproduced):
     out, _ = reproduced
     found = rows(out / "figure3.csv")
@@ -408,9 +450,7 @@ def test_an_interrupted_table_loses_one_epoch(when, reproduced, tmp_path, monkey
         run("table4", tmp_path)
     run("table4", tmp_path)
     assert len(done) == 10 + 1
-    run("figure2", tmp_path)
-    whole = [r for r in rows(reproduced[0] / "figure2.csv") if r["seed"] == "0"]
-    assert rows(tmp_path / "figure2.csv") == whole
+    assert outcomes(tmp_path) == [r for r in outcomes(reproduced[0]) if r["seed"] == "0"]
     assert not list(tmp_path.rglob("*.pt"))
 
 
@@ -590,6 +630,7 @@ def test_step_times_are_paired(monkeypatch, tmp_path):
     assert set(pulled) == {6}
     text = (tmp_path / "table3.md").read_text(encoding="utf-8")
     assert "| ResNet-56, CIFAR-10 | electrostatic, the paper's loop | 4.91 | ×4.68 | 3000 | ×3.000 |" in text
+    assert [r["paper_hours"] for r in found] == ["1.05", "3.05", "4.91", "nan", "nan", "nan"]
     with pytest.raises(ValueError, match="table3 trains nothing: drop --epochs-scale"):
         run("table3", tmp_path, epochs_scale=0.5)
     with pytest.raises(ValueError, match="table3 has no network 'x': there are small"):

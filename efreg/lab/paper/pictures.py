@@ -1,31 +1,32 @@
 """Figures 2 and 3, a picture for each group of recipes, as PNG and SVG."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from efreg.lab import data, engine, figures
-from efreg.lab.paper import cuts, runs
-from efreg.lab.paper.cuts import Job, Outcome, Say
+from efreg.lab.paper import cuts, markdown, runs
+from efreg.lab.paper.curves import SHOWN, Point
+from efreg.lab.paper.cuts import Job, Say
 from efreg.lab.paper.recipes import Group
-from efreg.lab.paper.spread import spread
-from efreg.lab.paper.tables import seeds_together
 
 LAYERS = 2
 """Figure 3 shows as many, the first that the force acts on."""
 
+SHARES = (0.01, 0.1, 0.5)
+"""Of a layer's largest norm: figure 3's table counts the filters below."""
 
-def accuracies(stem: Path, heading: str, group: Group, outcomes: Sequence[Outcome]) -> str:
+
+def accuracies(stem: Path, heading: str, group: Group, points: Sequence[Point]) -> str:
     """Figure 2: accuracy against ratio and speedup, and with re-estimated statistics. Names the files."""
-    found = [outcome for outcome in outcomes if outcome.macs]
     panels = [
-        _accuracies(found, "right after pruning", "accuracy"),
-        _accuracies(found, "the same, over the speedup", "accuracy", over_speedup=True),
-        _accuracies(found, "batch-norm statistics re-estimated", "recalibrated"),
+        _accuracies(points, SHOWN["accuracy"], "accuracy"),
+        _accuracies(points, "the same, over the speedup", "accuracy", over_speedup=True),
+        _accuracies(points, SHOWN["recalibrated"], "recalibrated"),
     ]
-    seeds = len({outcome.seed for outcome in outcomes})
+    seeds = max(point.n + point.diverged for point in points)
     subtitle = f"{group.title}, whole test set: {_epochs(group)}, mean of {seeds} seed{'s' * (seeds != 1)}"
     return _draw(stem, panels, heading, subtitle)
 
@@ -35,15 +36,16 @@ def _epochs(group: Group) -> str:
 
 
 def _accuracies(
-    outcomes: Sequence[Outcome], heading: str, what: str, *, over_speedup: bool = False
+    points: Sequence[Point], heading: str, what: str, *, over_speedup: bool = False
 ) -> figures.Panel:
-    """Of each run the mean over seeds that did not diverge, at cuts that take one share of every layer."""
+    """Of each run the cuts that take one share of every layer."""
     curves: dict[str, list[tuple[float, float]]] = {}
-    for found in seeds_together(x for x in outcomes if not x.ratio.startswith("[")):
-        removed = found[0].speedup if over_speedup else 100 * float(found[0].ratio)
-        curves.setdefault(found[0].run, []).append((removed, spread(getattr(x, what) for x in found).mean))
+    for point in points:
+        if point.n and not point.ratio.startswith("["):
+            removed = point.speedup if over_speedup else 100 * float(point.ratio)
+            curves.setdefault(point.run, []).append((removed, getattr(point, what)))
     label = "speedup: MACs before / MACs after" if over_speedup else figures.REMOVED
-    drawn = [figures.Curve(run, *zip(*points, strict=True)) for run, points in curves.items()]
+    drawn = [figures.Curve(run, *zip(*found, strict=True)) for run, found in curves.items()]
     return figures.Panel(heading, label, drawn, speedups=over_speedup)
 
 
@@ -88,6 +90,20 @@ def norms(stem: Path, heading: str, group: Group, found: Sequence[Norm]) -> str:
     ]
     subtitle = f"{group.title}: {_epochs(group)}, seed 0"
     return _draw(stem, panels, heading, subtitle, y_label="‖w‖₁ / largest ‖w‖₁", top=1)
+
+
+def norms_table(heading: str, titles: Mapping[str, str], found: Iterable[Norm]) -> str:
+    """Markdown: of each layer how many filters have a norm below these shares of the largest."""
+    layers: dict[tuple[str, str, str], list[float]] = {}
+    for n in found:
+        layers.setdefault((titles[n.group], n.run, n.layer), []).append(n.norm)
+    below = [
+        [*key, str(len(norms)), *(str(sum(norm < share for norm in norms)) for share in SHARES)]
+        for key, norms in layers.items()
+    ]
+    head = ["network", "run", "layer", "filters", *(f"below {100 * share:g} %" for share in SHARES)]
+    note = "How many filters have an L1 norm below these shares of the layer's largest, seed 0."
+    return "\n\n".join([f"### {heading}", markdown.table(head, below), note])
 
 
 def _norms(found: Sequence[Norm]) -> figures.Panel:

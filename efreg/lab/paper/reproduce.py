@@ -11,7 +11,7 @@ from rich.console import Console
 from efreg.lab import data, distributed, engine
 from efreg.lab.checkpoints import replacing
 from efreg.lab.logs import progress, write_csv
-from efreg.lab.paper import cuts, pictures, recipes, runs, speedups, step_times, tables, unaided
+from efreg.lab.paper import curves, cuts, pictures, recipes, runs, speedups, step_times, tables, unaided
 from efreg.lab.paper.cuts import Job, Outcome
 from efreg.lab.paper.recipes import Group
 
@@ -100,16 +100,11 @@ class Output:
 
     def table(self, text: str, rows: Iterable[dict]) -> None:
         """The table in Markdown, and the rows behind it as CSV."""
-        self.rows(rows)
         if not distributed.rank():
+            write_csv(self.folder / f"{self.name}.csv", rows)
             with replacing(self.folder / f"{self.name}.md") as file:
                 file.write(f"{text}\n".encode())
         self.say(f"{text}\n\nWritten to {self.folder}: {self.name}.md, {self.name}.csv")
-
-    def rows(self, rows: Iterable[dict]) -> None:
-        """The rows as CSV."""
-        if not distributed.rank():
-            write_csv(self.folder / f"{self.name}.csv", rows)
 
     def picture(self, group: Group) -> Path:
         """A group's picture, without the end of its name."""
@@ -118,7 +113,8 @@ class Output:
     def pictures(self, draw: Callable[[Group], str], groups: Sequence[Group]) -> None:
         """One of each group; `draw` names its files."""
         names = [] if distributed.rank() else [draw(group) for group in groups]
-        self.say(f"Written to {self.folder}: {', '.join([f'{self.name}.csv', *names])}")
+        if names:
+            self.say(f"Written to {self.folder}: {', '.join(names)}")
 
 
 def _chosen(known: Sequence[Group], only: Sequence[str], output: Output) -> list[Group]:
@@ -215,12 +211,14 @@ def _unaided(output: Output, groups: Sequence[Group], outcomes: Sequence[Outcome
 
 
 def _figure2(output: Output, groups: Sequence[Group], outcomes: Sequence[Outcome]) -> None:
+    points = curves.points(_titles(groups), outcomes)
+
     def draw(group: Group) -> str:
-        own = [outcome for outcome in outcomes if outcome.group == group.name]
+        own = [point for point in points if point.group == group.name]
         return pictures.accuracies(output.picture(group), output.heading, group, own)
 
-    output.rows(map(asdict, outcomes))
-    shown = {outcome.group for outcome in outcomes if outcome.macs}
+    output.table(curves.table(output.heading, points), map(asdict, points))
+    shown = {point.group for point in points if point.n}
     output.pictures(draw, [group for group in groups if group.name in shown])
 
 
@@ -239,7 +237,7 @@ def _figure3(output: Output, groups: Sequence[Group], chosen: Sequence[Group]) -
         own = [norm for norm in norms if norm.group == group.name]
         return pictures.norms(output.picture(group), output.heading, group, own)
 
-    output.rows(map(asdict, norms))
+    output.table(pictures.norms_table(output.heading, _titles(groups), norms), map(asdict, norms))
     shown = {norm.group for norm in norms}
     output.pictures(draw, [group for group in groups if group.name in shown])
 
