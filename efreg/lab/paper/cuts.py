@@ -160,15 +160,12 @@ def _measure(job: Job, say: Say, tick: runs.Tick) -> list[Outcome]:
     images = data.load(job.settings.dataset, job.settings.data, device=_device(job.settings))
     part = data.Part(distributed.rank(), distributed.world_size())
     images = images._replace(test=images.test.share(part))
-    whole, *cuts = sweep(
-        network,
-        images,
-        skip=job.settings.skip,
-        ratios=(0.0, *job.group.cuts),
-        dtype=_dtype(job.settings),
-    )
+    ratios = dict.fromkeys((0.0, *job.group.cuts))
+    found = sweep(network, images, skip=job.settings.skip, ratios=ratios, dtype=_dtype(job.settings))
+    at = {cut.ratio: cut for cut in found}
     return [
-        _outcome(job, whole, cut, _fine_tuned(job, network, cut.ratio, images, say, tick)) for cut in cuts
+        _outcome(job, at[0.0], at[ratio], _fine_tuned(job, network, ratio, images, say, tick))
+        for ratio in job.group.cuts
     ]
 
 

@@ -117,7 +117,6 @@ MNIST = Study(
         Candidate(Way(ONCE), 5e-12),
         Candidate(Way(ONCE, "filter"), 1e-11),
         Candidate(Way(EACH_STEP), 1e-12),
-        Candidate(Way(LADDER), 2e-2),
         Candidate(Way(LADDER, "filter"), 5e-3),
     ),
 )
@@ -153,8 +152,10 @@ CIFAR10_LONG = Study(
     "cifar10-long",
     replace(CIFAR10.base, epochs=15),
     (
-        Candidate(Way(LADDER_4, "filter", "proximal"), 0.1),
+        Candidate(Way(LADDER_4, "filter", "proximal"), 0.1, seeds=2),
+        Candidate(Way(LADDER_4, "filter", "proximal"), 0.15, seeds=1),
         Candidate(Way(L1, "filter", "proximal"), 0.03, seeds=1),
+        Candidate(Way(L1, "filter", "proximal"), 0.1, seeds=1),
     ),
     weights=CIFAR10.weights,
 )
