@@ -33,7 +33,7 @@ def small(few_digits):
     """A study of few runs, and latencies of few repeats."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(studies.STUDIES, "tiny", TINY)
-        patch.setattr(forces, "LATENCY_REPEATS", 2)
+        patch.setattr(forces, "LATENCY_REPEATS", {1: 2, 4: 1})
         yield
 
 
@@ -260,7 +260,11 @@ def test_a_strength_at_the_end_of_those_tried_is_marked(kept, end):
     assert best.end == end
 
 
-LATENCIES = [forces.Latency(ratio, 1.5 - place / 10, "cpu", 2) for place, ratio in enumerate(RATIOS)]
+LATENCIES = [
+    forces.Latency(ratio, images, images * (1.5 - place / 10), "cpu", 2)
+    for images in (1, 4)
+    for place, ratio in enumerate(RATIOS)
+]
 
 
 def test_the_table_shows_means_and_deviations():
@@ -274,7 +278,9 @@ def test_the_table_shows_means_and_deviations():
     assert f"| ladder | filter | proximal | 0.3 | 2 | {cells} | 3 | 0.0 |" in lines
     assert "| no force |  |  |  | 1 | 99.0 | 51.0 | 41.0 | 31.0 | 21.0 | 11.0 | 10.0 | 3 | 0.0 |" in lines
     times = "1.50 | 1.40 | 1.30 | 1.20 | 1.10 | 1.00 | 0.90"
-    assert f"| ms an image (float32, cpu, 2 threads) |  |  |  |  | {times} |  |  |" in lines
+    assert f"| ms for 1 image (float32, cpu, 2 threads) |  |  |  |  | {times} |  |  |" in lines
+    times = "6.00 | 5.60 | 5.20 | 4.80 | 4.40 | 4.00 | 3.60"
+    assert f"| ms for 4 images (float32, cpu, 2 threads) |  |  |  |  | {times} |  |  |" in lines
 
 
 def test_every_point_is_in_the_picture(tmp_path, monkeypatch):

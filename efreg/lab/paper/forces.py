@@ -17,7 +17,8 @@ from efreg.lab.paper.results import RATIOS, Best, Line, Result, best, lines, rea
 from efreg.lab.paper.studies import STUDIES, Candidate, Study
 from efreg.lab.sweep import Cut, pruned, sweep
 
-LATENCY_REPEATS = 200
+LATENCY_REPEATS = {1: 200, 128: 20}
+"""How often the latency of so many images at once is taken."""
 
 
 def run(
@@ -145,16 +146,17 @@ def _result(candidate: Candidate, run: engine.Run, cut: Cut, held_out: float) ->
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds that one image takes through the network pruned at `ratio`, in float32."""
+    """Milliseconds that so many images take together through the network pruned at `ratio`, in float32."""
 
     ratio: float
+    images: int
     milliseconds: float
     device: str
     threads: int
 
 
 def _latencies(study: Study, folder: Path) -> list[Latency]:
-    """At each of the ratios: measured once, and kept in the folder."""
+    """Of one image and of many, each at all of the ratios: measured once, and kept in the folder."""
     path = folder / "latency.csv"
     if not path.exists():
         write_csv(path, map(asdict, _measure_latencies(study)))
@@ -165,13 +167,14 @@ def _measure_latencies(study: Study) -> Iterable[Latency]:
     device = engine.device_named(study.base.device)
     holds = data.info(study.base.dataset, study.base.data)
     model = engine.build(study.base, holds.num_classes, holds.shape).to(device).eval()
-    example = torch.zeros(2, *holds.shape, device=device)
+    example = torch.zeros(max(LATENCY_REPEATS), *holds.shape, device=device)
     if study.base.channels_last:
         model, example = (x.to(memory_format=torch.channels_last) for x in (model, example))
-    for ratio in RATIOS:
-        small = pruned(model, ratio, example)
-        report = efreg.report(model, small, example_inputs=example[:1], repeats=LATENCY_REPEATS)
-        yield Latency(ratio, report.after.latency, device.type, torch.get_num_threads())
+    for images, repeats in LATENCY_REPEATS.items():
+        for ratio in RATIOS:
+            small = pruned(model, ratio, example[:2])
+            report = efreg.report(model, small, example_inputs=example[:images], repeats=repeats)
+            yield Latency(ratio, images, report.after.latency, device.type, torch.get_num_threads())
 
 
 def tables(study: Study, results: Sequence[Result], latencies: Sequence[Latency]) -> str:
@@ -184,10 +187,14 @@ def tables(study: Study, results: Sequence[Result], latencies: Sequence[Latency]
         "accuracy in % on the test images, mean ± standard deviation"
     )
     head = ["force", "acts on", "update", "α", "n", "before", *(f"{100 * r:.0f} %" for r in RATIOS[1:])]
-    where = f"{latencies[0].device}, {latencies[0].threads} thread{'s' * (latencies[0].threads > 1)}"
+    first = latencies[0]
+    where = f"float32, {first.device}, {first.threads} thread{'s' * (first.threads > 1)}"
     costs = [
         _cost("MACs, millions", (f"{r.macs / 1e6:.1f}" for r in _whole(results))),
-        _cost(f"ms an image (float32, {where})", (f"{x.milliseconds:.2f}" for x in latencies)),
+        *(
+            _cost(f"ms for {n} image{'s' * (n > 1)} ({where})", _milliseconds(latencies, n))
+            for n in LATENCY_REPEATS
+        ),
     ]
     after = [[*_named(b), *_cells(b.line, b.line.accuracy), *_left(b.line)] for b in chosen]
     again = [[*_named(b), *_cells(b.line, b.line.recalibrated)] for b in chosen]
@@ -217,6 +224,10 @@ def _seen(study: Study) -> str:
 
 def _cost(name: str, figures: Iterable[str]) -> list[str]:
     return [name, *[""] * 4, *figures, "", ""]
+
+
+def _milliseconds(latencies: Iterable[Latency], images: int) -> list[str]:
+    return [f"{latency.milliseconds:.2f}" for latency in latencies if latency.images == images]
 
 
 def _named(b: Best) -> list[str]:
