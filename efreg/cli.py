@@ -89,7 +89,8 @@ def _prune(arguments: argparse.Namespace) -> None:
         example_inputs=example,
     )
     small = efreg.prune(model, plan, example_inputs=example)
-    out = arguments.out or arguments.checkpoint.with_name("pruned.safetensors")
+    name = "without-dead.safetensors" if arguments.dead else "pruned.safetensors"
+    out = arguments.out or arguments.checkpoint.with_name(name)
     efreg.save(small, out)
     print(efreg.report(model, small, example_inputs=example[:1]))
     print(f"Written to {out}")
@@ -227,7 +228,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     add("--scope", help="weights, or filter: with bias and the norm's scale and shift (weights)")
     add("--refresh", type=int, metavar="K", help="take the charges every K steps (once)")
     add("--update", help="gradient or proximal (gradient)")
-    add("--backend", help="auto, cpp or reference (auto)")
+    add("--backend", help="auto, cpp, triton, cuda or reference (auto)")
     _plan_options(parser, "layers that the force acts on: those that lose filters at this")
     add("--schedule", help="constant, cosine, p1 or p2: the course of the learning rate (cosine)")
     add("--epochs", type=int, help="(30)")
@@ -251,7 +252,11 @@ def _prune_options(parser: argparse.ArgumentParser) -> None:
         "--speedup", type=float, help="the smallest uniform ratio that saves MACs by this factor"
     )
     parser.add_argument("--dead", action="store_true", help="remove filters that are zero; no output changes")
-    parser.add_argument("--out", type=Path, help="file to write (pruned.safetensors beside the checkpoint)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="file to write (beside the checkpoint pruned.safetensors; with --dead without-dead.safetensors)",
+    )
 
 
 def _sweep_options(parser: argparse.ArgumentParser) -> None:

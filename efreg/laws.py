@@ -183,7 +183,7 @@ class Ladder(Law):
     w/‖w‖₂; guided regularization (Rafid and Sandu 2023), which pulls some units more than others; SLOPE
     (Bogdan et al. 2015), the opposite order, which pulls the largest most.
 
-    power: p ≥ 0; at 0 it is L1, the higher it is the fewer filters bear the force.
+    power: p ≥ 0; at 0 it is L1 (but for N = 1), the higher it is the fewer filters bear the force.
     """
 
     native: ClassVar[str] = "ladder"

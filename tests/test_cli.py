@@ -298,9 +298,9 @@ def test_prune_takes_dead_filters_away(tmp_path, capsys, caplog):
         "train --model resnet14 --law ladder --alpha 8 --power 4 --scope filter --update proximal --epochs 3"
     )
     assert cli.main([*line.split(), "--device", "cpu", "--out", "run"]) == 0
-    assert cli.main(["prune", "run/checkpoint.pt", "--dead", "--out", "small.safetensors"]) == 0
+    assert cli.main(["prune", "run/checkpoint.pt", "--dead"]) == 0
     whole = engine.restore(checkpoints.load("run/checkpoint.pt"))
-    small = efreg.load(models.resnet14(in_channels=1), "small.safetensors").eval()
+    small = efreg.load(models.resnet14(in_channels=1), "run/without-dead.safetensors").eval()
     assert efreg.macs(small, torch.zeros(1, 1, 8, 8)) < efreg.macs(whole, torch.zeros(1, 1, 8, 8))
     x = torch.randn(20, 1, 8, 8)
     torch.testing.assert_close(small(x), whole(x), rtol=1e-4, atol=1e-5)

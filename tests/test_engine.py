@@ -762,6 +762,22 @@ def test_weights_of_before_batches_were_counted(weights, tmp_path):
     assert equal(engine.Run(settings(weights=str(tmp_path / "weights.pth"))).model.state_dict(), weights)
 
 
+def test_an_epoch_that_diverged_is_not_trained_to_its_end(tmp_path, monkeypatch):
+    """Of its 3 steps the first breaks the weights, the second meets the loss."""
+    good, steps = engine.train_step, []
+
+    def poisoned(model, *given):
+        logits = good(model, *given)
+        steps.append(nn.init.constant_(model.conv1.weight, math.nan))
+        return logits
+
+    monkeypatch.setattr(engine, "train_step", poisoned)
+    monkeypatch.setattr(engine, "LOOKED_AT", 1)
+    with pytest.raises(engine.Diverged, match="the loss is not finite in epoch 1"):
+        train(settings(), tmp_path)
+    assert len(steps) == 2
+
+
 @pytest.mark.parametrize("force", [{}, {"law": "ladder", "alpha": 8.0, "scope": "filter"}], ids=str)
 @pytest.mark.parametrize("step", [3, 5], ids=["first step", "last step"])
 def test_a_loss_that_is_not_finite_ends_the_run(step, force, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 import efreg
-from efreg.lab import data, engine, figures, sweep
+from efreg.lab import checkpoints, data, engine, figures, sweep
 from efreg.lab.checkpoints import Settings
 from efreg.lab.paper import forces, runs, studies
 from efreg.lab.paper.forces import RATIOS, Result
@@ -180,10 +180,35 @@ def test_a_candidate_that_diverges_is_named_and_the_rest_goes_on(tmp_path, monke
         lambda *given: (nan, 10.0) if given[3].law == "l1" else good(*given),
     )
     printed = run(tmp_path)
-    assert "L1, weights, gradient, α = 0.3, seed 0: diverged" in printed
+    assert "L1, weights, gradient, α = 0.3, seed 0: the loss is not finite in epoch " in printed
     table = (tmp_path / "forces-tiny.md").read_text(encoding="utf-8")
     assert f"| L1 | weights | gradient | 0.3 | 1 | {'diverged | ' * 7}0 | 0.0 |" in table
     assert "| no force |" in table
+
+
+def test_the_last_good_epoch_of_a_run_that_diverges_is_kept(tmp_path, monkeypatch):
+    wild, good = Candidate(Way(studies.L1), 0.3, seeds=1), engine.train_epoch
+    base = replace(TINY.base, epochs=2)
+    monkeypatch.setitem(studies.STUDIES, "tiny", replace(TINY, base=base, candidates=(wild,)))
+    monkeypatch.setattr(
+        engine,
+        "train_epoch",
+        lambda *given: (nan, 10.0) if given[3].law == "l1" and given[4] else good(*given),
+    )
+    assert "α = 0.3, seed 0: the loss is not finite in epoch 2" in run(tmp_path)
+    (kept,) = (tmp_path / "tiny").glob("*.pt")
+    assert checkpoints.load(kept).epoch == 1
+
+
+def test_other_weights_of_the_same_name_are_other_runs(tmp_path, monkeypatch):
+    """Also where they have lain at the same place."""
+    public = tmp_path / "w.pt"
+    study = replace(TINY, weights="w.pt", start_epochs=0, candidates=TINY.candidates[:1])
+    monkeypatch.setitem(studies.STUDIES, "tiny", study)
+    for seed in (0, 1, 0):
+        torch.save(engine.build(replace(TINY.base, seed=seed), 10, (1, 8, 8)).state_dict(), public)
+        run(tmp_path, data_folder=str(tmp_path))
+    assert len(list((tmp_path / "tiny").glob("no-force*.csv"))) == 2
 
 
 @pytest.mark.parametrize("damage", ["", "force,scope\nL1,weights\n", "half"])
@@ -279,8 +304,25 @@ def test_the_table_shows_means_and_deviations():
     assert "| no force |  |  |  | 1 | 99.0 | 51.0 | 41.0 | 31.0 | 21.0 | 11.0 | 10.0 | 3 | 0.0 |" in lines
     times = "1.50 | 1.40 | 1.30 | 1.20 | 1.10 | 1.00 | 0.90"
     assert f"| ms for 1 image (float32, cpu, 2 threads) |  |  |  |  | {times} |  |  |" in lines
+    (course,) = (line for line in lines if line.startswith("Trained from"))
+    assert course.startswith(
+        "Trained from a network trained without a force over 1 epochs, learning rate 0.05, cosine. Right"
+    )
     times = "6.00 | 5.60 | 5.20 | 4.80 | 4.40 | 4.00 | 3.60"
     assert f"| ms for 4 images (float32, cpu, 2 threads) |  |  |  |  | {times} |  |  |" in lines
+
+
+def test_the_table_says_how_its_strengths_were_chosen():
+    """Of several of a force the one that keeps most; or there was one of each."""
+    base = replace(TINY.base, alpha_schedule="linear", alpha_until=0.5)
+    study = replace(TINY, base=base, weights="public.th", start_epochs=0)
+    one = results("ladder", 0.1, [20] * 7, [90] * 7)
+    text = forces.tables(study, one, LATENCIES)
+    assert "One strength of each, none was chosen. The public weights have seen these images." in text
+    schedule = "α's schedule is linear, over 50% of the steps"
+    assert f"Trained from public.th, learning rate 0.05, cosine; {schedule}." in text
+    text = forces.tables(study, [*one, *results("ladder", 0.2, [30] * 7, [90] * 7)], LATENCIES)
+    assert "α keeps most on 40 training images that were held out" in text
 
 
 def test_every_point_is_in_the_picture(tmp_path, monkeypatch):

@@ -319,6 +319,12 @@ def test_a_line_of_ours_is_a_mean_over_seeds():
     assert expected in table4(*found)
 
 
+def test_all_figures_of_a_line_are_of_the_same_seeds():
+    """One seed's fine-tuning diverged: 90 before and 88 after are the other's."""
+    found = [outcome(before=90, fine_tuned=88), outcome(seed=1, before=92, accuracy=50)]
+    assert "| **x** | 90.00 | 88.00 | 2.00 | 2.00× | 60.00 | 1 (1 diverged) |" in table4(*found)
+
+
 LOST = {"before": nan, "accuracy": nan, "macs": 0}
 
 
@@ -396,6 +402,10 @@ def test_figure_2_in_a_table():
     assert "| ladder | 10.00 | 20.00 | 2 (1 diverged) | 3 | cpu |" in after
     assert "| speedup | 1.00× | 2.00× |" in after
     assert "| L1 | 20.00 ± 1.00 | 40.00 ± 1.00 | 2 | 3 | cpu |" in again
+
+
+def test_a_layer_that_is_all_dead_has_norms_of_zero():
+    assert pictures._sorted_norms(torch.zeros(3, 2, 1, 1)) == [0, 0, 0]
 
 
 def test_figure_3_in_a_table():
@@ -529,6 +539,7 @@ def test_a_run_may_start_from_random_weights_in_a_group_that_has_others(reproduc
         plain, group=replace(group, weights="w.th"), recipe=replace(plain.recipe, start=recipes.RANDOM)
     )
     assert (random.settings.weights, random.settings) == (None, plain.settings)
+    assert random.network == plain.network
 
 
 def test_other_weights_of_the_same_name_are_other_runs(tmp_path):

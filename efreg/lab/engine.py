@@ -53,6 +53,9 @@ PRECISIONS = ("float32", "bfloat16", "auto")
 STEPS = ("eager", "compile", "graph")
 """How a step is carried out: operation by operation, forward and loss compiled, or as one CUDA graph."""
 
+LOOKED_AT = 100
+"""After as many steps the loss is looked at, which waits for the device."""
+
 Step = Callable[..., Tensor]
 """A function with the arguments and the result of `train_step`."""
 
@@ -133,7 +136,7 @@ class Run:
     def epochs(self, tick: Callable[[], None] = lambda: None) -> Iterator[Row]:
         """Train the epochs that are left, yielding a row for the log after each; `tick` is called every step.
 
-        Raises Diverged where the loss of an epoch is not finite, before its row is yielded.
+        Raises Diverged where the loss is not finite, before the epoch's row is yielded.
         """
         for epoch in range(self.epoch, self.settings.epochs):
             start = time.perf_counter()
@@ -149,10 +152,7 @@ class Run:
             )
             distributed.share_buffers(self.model)
             test_loss, test_accuracy = evaluate(self.model, self.data.test, dtype=self.dtype)
-            if not (math.isfinite(loss) and math.isfinite(test_loss)):
-                raise Diverged(
-                    f"the loss is not finite in epoch {epoch + 1}: lower the learning rate or alpha"
-                )
+            _require_finite(loss + test_loss, epoch)
             dead, macs = self._remains.now()
             row = {
                 "epoch": epoch + 1,
@@ -276,7 +276,10 @@ def train_epoch(
     dtype: torch.dtype = torch.float32,
     step: Step = train_step,
 ) -> tuple[float, float]:
-    """One pass over the images: mean loss, and accuracy in percent, as met on the way."""
+    """One pass over the images: mean loss, and accuracy in percent, as met on the way.
+
+    Raises Diverged soon after a loss that is not finite.
+    """
     torch.manual_seed(data.seed_of(settings.seed, epoch) + distributed.rank())
     model.train()
     steps = steps_per_epoch(images, settings)
@@ -289,7 +292,14 @@ def train_epoch(
         weight = distributed.world_size() * len(labels) / whole
         tally.add(step(model, optimizer, inputs, labels, dtype, weight), labels)
         tick()
+        if (done + 1) % LOOKED_AT == 0:
+            _require_finite(tally.means()[0], epoch)
     return tally.means()
+
+
+def _require_finite(loss: float, epoch: int) -> None:
+    if not math.isfinite(loss):
+        raise Diverged(f"the loss is not finite in epoch {epoch + 1}: lower the learning rate or alpha")
 
 
 def steps_per_epoch(images: data.Images, settings: Settings) -> int:

@@ -15,6 +15,7 @@ from efreg.lab.checkpoints import replacing
 LEGEND_COLUMNS = 4
 INK, MUTED, GRID = "#222222", "#6b6b6b", "#e6e6e6"
 PALETTE = ("#8c8c8c", "#c8641b", "#1b5e9e", "#7a4fa3", "#5aa0d6", "#e0a458", "#c774b2", "#16836b")
+STYLES = ("-", "--", ":")
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def draw_trade(path: str | Path, points: Sequence[Point], title: str, subtitle: 
     ax.plot([0, 100], [0, 100], color=GRID, linewidth=2, zorder=0)
     for point in points:
         ax.scatter(point.before, point.after, **_style(point))
-    low = min(point.before for point in points) - 2
+    low = min((point.before for point in points), default=0) - 2
     ax.set(xlim=(low, 100.5), ylim=(0, 102))
     ax.set_xlabel("accuracy before pruning (%)", color=MUTED)
     ax.set_ylabel("accuracy right after removing half of the filters (%)", color=MUTED)
@@ -171,13 +172,13 @@ def _legend(figure: Figure, points: Sequence[Point]) -> None:
 
 
 def _draw(ax: Axes, panel: Panel) -> None:
-    """The colours of the palette in solid lines, then again in dashed ones."""
+    """The colours of the palette in solid lines, then again in dashed and dotted ones, and so on."""
     for place, curve in enumerate(panel.curves):
         ax.plot(
             curve.x,
             curve.y,
             color=PALETTE[place % len(PALETTE)],
-            linestyle=("-", "--", ":")[place // len(PALETTE)],
+            linestyle=STYLES[place // len(PALETTE) % len(STYLES)],
             linewidth=4 if curve.strong else 2,
             marker="o",
             markersize=4,

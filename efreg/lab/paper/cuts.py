@@ -105,7 +105,8 @@ class Job:
         return [*(first.trainings() if first else ()), self.recipe.settings.epochs, *after]
 
     def _file(self, suffix: str, *more) -> Path:
-        first = (runs.fingerprint(self.settings.weights),) if self.group.weights and not self.start else ()
+        weights = None if self.start else self.settings.weights
+        first = [runs.fingerprint(weights)] if weights else []
         name = runs.stem(f"{self.group.name} {self.recipe.name}", self.settings, *first, *more)
         return self.folder / f"{name}{suffix}"
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import nan
+from math import isnan, nan
 from pathlib import Path
 
 import torch
@@ -81,15 +81,22 @@ def _results(study: Study, seeds: int, folder: Path, test: data.Images, console:
         task = bar.add_task(study.name, total=len(planned) * study.base.epochs, note="")
         for candidate, seed in planned:
             settings = candidate.settings(replace(study.base, weights=_start(study, folder, seed)), seed)
-            path = folder / f"{runs.stem(str(candidate), settings)}.csv"
+            first = [runs.fingerprint(settings.weights)] if study.weights else []
+            path = folder / f"{runs.stem(str(candidate), settings, *first)}.csv"
             if path.exists():
                 bar.advance(task, study.base.epochs)
             else:
                 bar.update(task, note=f"{candidate}, seed {seed}")
-                write_csv(path, map(asdict, _run(candidate, settings, path, test, bar, task)))
-                path.with_suffix(".pt").unlink(missing_ok=True)
+                _write(path, _run(candidate, settings, path, test, bar, task))
             found += read(path)
     return found
+
+
+def _write(path: Path, results: Sequence[Result]) -> None:
+    """To the file. The checkpoint beside it goes, unless it is the last good one of a run that diverged."""
+    write_csv(path, map(asdict, results))
+    if not isnan(results[0].accuracy):
+        path.with_suffix(".pt").unlink(missing_ok=True)
 
 
 def _start(study: Study, folder: Path, seed: int) -> str | None:
@@ -110,8 +117,8 @@ def _run(candidate: Candidate, settings: Settings, path: Path, test: data.Images
     run = runs.resume(settings, checkpoint)
     try:
         runs.finish(run, checkpoint, lambda epochs: bar.advance(task, epochs))
-    except engine.Diverged:
-        bar.console.print(f"{candidate}, seed {settings.seed}: diverged", highlight=False)
+    except engine.Diverged as error:
+        bar.console.print(f"{candidate}, seed {settings.seed}: {error}", highlight=False)
         bar.advance(task, settings.epochs - run.epoch)
         return [_result(candidate, run, Cut(ratio, nan, nan, 0, 0), nan) for ratio in RATIOS]
     images = run.data._replace(test=test)
@@ -157,7 +164,7 @@ class Latency:
 
 def _latencies(study: Study, folder: Path) -> list[Latency]:
     """Of one image and of many, each at all of the ratios: measured once, and kept in the folder."""
-    path = folder / "latency.csv"
+    path = folder / f"{runs.stem('latency', study.base)}.csv"
     if not path.exists():
         write_csv(path, map(asdict, _measure_latencies(study)))
     return read_csv(path, Latency)
@@ -201,11 +208,10 @@ def tables(study: Study, results: Sequence[Result], latencies: Sequence[Latency]
     return "\n\n".join(
         [
             f"### {title}",
-            "Right after pruning, nothing re-trained and nothing re-estimated. dead: filters that are zero "
-            "before anything is cut; M left: millions of MACs without them.",
+            f"{_course(study)} Right after pruning, nothing re-trained and nothing re-estimated. dead: "
+            "filters that are zero before anything is cut; M left: millions of MACs without them.",
             markdown.table([*head, "dead", "M left"], [*after, *costs]),
-            f"α keeps most on {base.held_out} training images that were held out, on average over the "
-            f"ratios; ↑ ↓: the largest, the smallest that was tried.{_seen(study)}",
+            f"{_choice(study, chosen)}{_seen(study)}",
             "Batch-norm statistics re-estimated:",
             markdown.table(head, again),
         ]
@@ -216,6 +222,28 @@ def _whole(results: Sequence[Result]) -> Sequence[Result]:
     """The rows of a run that was trained to its end; of any, if there is none."""
     first = next((i for i, r in enumerate(results) if r.macs), 0)
     return results[first : first + len(RATIOS)]
+
+
+def _course(study: Study) -> str:
+    """How the networks were trained."""
+    base = study.base
+    start = study.weights or "random weights"
+    if study.start_epochs:
+        start = f"a network trained without a force over {study.start_epochs} epochs"
+    course = f"Trained from {start}, learning rate {engine.start_lr(base):g}, {base.schedule}"
+    if base.alpha_schedule != "constant":
+        course += f"; α's schedule is {base.alpha_schedule}, over {base.alpha_until:.0%} of the steps"
+    return f"{course}."
+
+
+def _choice(study: Study, chosen: Sequence[Best]) -> str:
+    """How the strengths were chosen."""
+    if all(len(b.tried) == 1 for b in chosen):
+        return "One strength of each, none was chosen."
+    return (
+        f"α keeps most on {study.base.held_out} training images that were held out, on average over the "
+        "ratios; ↑ ↓: the largest, the smallest that was tried."
+    )
 
 
 def _seen(study: Study) -> str:

@@ -80,7 +80,7 @@ def norms_of(job: Job, say: Say, tick: runs.Tick) -> list[Norm]:
 @torch.no_grad()
 def _sorted_norms(weight: torch.Tensor) -> list[float]:
     norms = weight.flatten(1).abs().sum(1).sort(descending=True).values
-    return (norms / norms[0]).tolist()
+    return (norms / norms[0].clamp_min(torch.finfo(norms.dtype).tiny)).tolist()
 
 
 def norms(stem: Path, heading: str, group: Group, found: Sequence[Norm]) -> str:

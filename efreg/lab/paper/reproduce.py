@@ -225,8 +225,8 @@ def _figure2(output: Output, groups: Sequence[Group], outcomes: Sequence[Outcome
 def _figure3(output: Output, groups: Sequence[Group], chosen: Sequence[Group]) -> None:
     """From seed 0; of the groups that were not chosen what is there."""
     jobs = [
-        Job(_without_fine_tuning(group), group.recipe(name), 0, output.runs)
-        for group in groups
+        Job(group, group.recipe(name), 0, output.runs)
+        for group in map(_without_fine_tuning, groups)
         for name in group.norms
     ]
     names = {group.name for group in chosen}

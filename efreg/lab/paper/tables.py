@@ -56,6 +56,9 @@ def seeds_together(outcomes: Iterable[Outcome]) -> list[list[Outcome]]:
 
 
 def _line(found: Sequence[Outcome], network: str) -> Line:
+    """Over the seeds that were fine-tuned to the end, where there are any."""
+    tuned = [x for x in found if not isnan(x.fine_tuned)]
+    lost, found = len(found) - len(tuned), tuned or found
     base, after = spread(x.before for x in found), spread(x.accuracy for x in found)
     pruned, drop = spread(x.fine_tuned for x in found), spread(x.before - x.fine_tuned for x in found)
     return Line(
@@ -68,7 +71,7 @@ def _line(found: Sequence[Outcome], network: str) -> Line:
         deviation=pruned.deviation,
         right_after=after.mean,
         n=pruned.n,
-        diverged=pruned.diverged,
+        diverged=lost,
         epochs=found[0].epochs,
         on=found[0].on,
     )
