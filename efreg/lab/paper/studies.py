@@ -153,7 +153,6 @@ CIFAR10_LONG = Study(
     replace(CIFAR10.base, epochs=15),
     (
         Candidate(Way(LADDER_4, "filter", "proximal"), 0.1, seeds=2),
-        Candidate(Way(LADDER_4, "filter", "proximal"), 0.15, seeds=1),
         Candidate(Way(L1, "filter", "proximal"), 0.03, seeds=1),
         Candidate(Way(L1, "filter", "proximal"), 0.1, seeds=1),
     ),
