@@ -121,11 +121,15 @@ def _paper(arguments: argparse.Namespace) -> None:
     given = {name: getattr(arguments, name) for name in ("only", "seeds", "device")}
     given.update(data_folder=arguments.data, console=Console())
     if arguments.what == "forces":
-        if arguments.epochs_scale != 1 or arguments.recipes:
-            raise ValueError("forces has studies of its own: drop --epochs-scale and --recipes")
+        others = {"epochs-scale": arguments.epochs_scale != 1, "recipes": arguments.recipes}
+        others["recalibrated"] = arguments.recalibrated
+        if told := [f"--{name}" for name, given in others.items() if given]:
+            raise ValueError(f"forces has studies of its own: drop {' and '.join(told)}")
         return forces.run(arguments.out, **given)
-    recipes = {"recipes_file": arguments.recipes} if arguments.recipes else {}
-    reproduce.run(arguments.what, arguments.out, epochs_scale=arguments.epochs_scale, **given, **recipes)
+    given.update(epochs_scale=arguments.epochs_scale, recalibrated=arguments.recalibrated)
+    if arguments.recipes:
+        given["recipes_file"] = arguments.recipes
+    reproduce.run(arguments.what, arguments.out, **given)
 
 
 def _env(arguments: argparse.Namespace) -> None:
@@ -283,6 +287,11 @@ def _paper_options(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=int, default=3, help="seeds of each run, at most (%(default)s)")
     add("--epochs-scale", type=float, default=1.0, metavar="S", help="train for a share of the epochs (1)")
     add("--recipes", type=Path, metavar="FILE", help="runs of your own, like efreg/lab/paper/recipes.toml")
+    add(
+        "--recalibrated",
+        action="store_true",
+        help="figure2: with re-estimated batch-norm statistics too, which the paper has not",
+    )
     add("--device", default="auto", help="auto, cpu, cuda, ... (%(default)s)")
     add("--out", type=Path, default=Path("runs/paper"), help="folder to write to (%(default)s)")
 

@@ -396,6 +396,12 @@ def test_a_sweep_shows_every_ratio(trained, tmp_path, capsys):
         assert len(set(picture.convert("L").tobytes())) > 50
 
 
+@pytest.mark.parametrize("told", ["--epochs-scale 0.5", "--recipes x.toml", "--recalibrated"])
+def test_forces_has_studies_of_its_own(told, capsys):
+    name, *more = told.split()
+    assert_refused(capsys, ["paper", "forces", name, *more], "forces has studies of its own", f"drop {name}")
+
+
 def test_env_says_what_serves(capsys):
     assert cli.main(["env"]) == 0
     printed = capsys.readouterr().out

@@ -376,6 +376,21 @@ def test_the_pictures(reproduced):
     assert {r["run"] for r in rows(out / "figure2.csv")} == {"dense", "ladder"}
 
 
+def test_figure_2_shows_new_statistics_where_they_are_asked_for(reproduced, tmp_path):
+    shutil.copytree(reproduced[0] / "runs", tmp_path / "runs")
+    run("figure2", tmp_path, seeds=2)
+    as_the_paper, width = (tmp_path / "figure2.md").read_text(), _width(tmp_path)
+    printed = run("figure2", tmp_path, seeds=2, recalibrated=True)
+    assert "statistics" not in as_the_paper
+    assert "accuracy in %, batch-norm statistics re-estimated" in printed
+    assert _width(tmp_path) == 1.5 * width  # three panels, two before
+
+
+def _width(folder):
+    with Image.open(folder / "figure2-tiny.png") as picture:
+        return picture.width
+
+
 def test_figure_2_has_means_of_its_seeds(reproduced):
     out, _ = reproduced
     for row in rows(out / "figure2.csv"):
@@ -395,7 +410,7 @@ def test_figure_2_in_a_table():
         for group, run, d in (("short", "L1", 0), ("long", "ladder", 1))
         for ratio, s in (("0.0", 1.0), ("0.5", 2.0))
     ]
-    text = curves.table("Figure", made)
+    text = curves.table("Figure", made, curves.SHOWN)
     after, again = text.split("batch-norm statistics re-estimated")
     assert "| run | 0.0 | 0.5 | n | epochs | on |" in after
     assert "| L1 | 10.00 | 20.00 | 2 | 3 | cpu |" in after
@@ -587,6 +602,11 @@ def test_two_commands_do_not_share_a_folder(tmp_path):
 def test_what_cannot_be_asked(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         run("table4", tmp_path, **options)
+
+
+def test_only_figure_2_has_a_choice_of_statistics(tmp_path):
+    with pytest.raises(ValueError, match="table4 has no choice of batch-norm statistics: drop --recal"):
+        run("table4", tmp_path, recalibrated=True)
 
 
 def test_a_damaged_file_is_named(reproduced, tmp_path):

@@ -58,13 +58,13 @@ def _point(network: str, found: Sequence[Outcome]) -> Point:
     )
 
 
-def table(heading: str, points: Sequence[Point]) -> str:
-    """Markdown: of each network the accuracies right after pruning, then those with new statistics."""
+def table(heading: str, points: Sequence[Point], shown: Iterable[str]) -> str:
+    """Markdown: of each network a table for each of the accuracies that are to be shown."""
     parts = [f"### {heading}"]
     for network in dict.fromkeys(point.network for point in points):
         own = [point for point in points if point.network == network]
-        for what, name in SHOWN.items():
-            parts += [f"{network}: accuracy in %, {name}", _table(own, what)]
+        for what in shown:
+            parts += [f"{network}: accuracy in %, {SHOWN[what]}", _table(own, what)]
     parts += ["Means over n seeds, ± standard deviation, on the whole test set."]
     return "\n\n".join(parts)
 

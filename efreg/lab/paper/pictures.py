@@ -19,13 +19,10 @@ SHARES = (0.01, 0.1, 0.5)
 """Of a layer's largest norm: figure 3's table counts the filters below."""
 
 
-def accuracies(stem: Path, heading: str, group: Group, points: Sequence[Point]) -> str:
-    """Figure 2: accuracy against ratio and speedup, and with re-estimated statistics. Names the files."""
-    panels = [
-        _accuracies(points, SHOWN["accuracy"], "accuracy"),
-        _accuracies(points, "the same, over the speedup", "accuracy", over_speedup=True),
-        _accuracies(points, SHOWN["recalibrated"], "recalibrated"),
-    ]
+def accuracies(stem: Path, heading: str, group: Group, points: Sequence[Point], shown: Iterable[str]) -> str:
+    """Figure 2: these accuracies against the ratio, the first against the speedup too. Names the files."""
+    panels = [_accuracies(points, SHOWN[what], what) for what in shown]
+    panels.insert(1, _accuracies(points, "the same, over the speedup", "accuracy", over_speedup=True))
     seeds = max(point.n + point.diverged for point in points)
     subtitle = f"{group.title}, whole test set: {_epochs(group)}, mean of {seeds} seed{'s' * (seeds != 1)}"
     return _draw(stem, panels, heading, subtitle)

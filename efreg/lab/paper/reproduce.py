@@ -38,13 +38,15 @@ def run(
     epochs_scale: float = 1.0,
     device: str = "auto",
     recipes_file: str | Path = recipes.OURS,
+    recalibrated: bool = False,
     console: Console,
 ) -> None:
     """Runs what a table or figure lacks, then writes it to `out`: Markdown or pictures, and CSV.
 
     what: one of TITLES. only: groups of the recipes; where none is named all that have data. epochs_scale: a
-    share of the epochs that the recipes say. What was interrupted goes on after its last epoch. Raises
-    ValueError for what cannot be run or read, FileNotFoundError where a group that was named lacks data.
+    share of the epochs that the recipes say. recalibrated: figure 2 shows the accuracies with re-estimated
+    batch-norm statistics too. What was interrupted goes on after its last epoch. Raises ValueError for what
+    cannot be run or read, FileNotFoundError where a group that was named lacks data.
     """
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}: it must be at least 1")
@@ -53,6 +55,8 @@ def run(
     untrained = {"speedups": _speedups, "table3": _table3}.get(what)
     if untrained and (epochs_scale != 1 or recipes_file != recipes.OURS):
         raise ValueError(f"{what} trains nothing: drop --epochs-scale and --recipes")
+    if recalibrated and what != "figure2":
+        raise ValueError(f"{what} has no choice of batch-norm statistics: drop --recalibrated")
     with distributed.processes(device):
         output = Output(what, Path(out), epochs_scale, Console(quiet=True) if distributed.rank() else console)
         with runs.alone(output.runs):
@@ -66,8 +70,11 @@ def run(
             chosen = _chosen(known, only, output)
             if what == "figure3":
                 return _figure3(output, known, chosen)
-            show = {"figure2": _figure2, "no-finetuning": _unaided}.get(what, _fine_tuned)
-            show(output, known, _outcomes(known, chosen, seeds, output))
+            outcomes = _outcomes(known, chosen, seeds, output)
+            if what == "figure2":
+                return _figure2(output, known, outcomes, curves.SHOWN if recalibrated else ("accuracy",))
+            show = _unaided if what == "no-finetuning" else _fine_tuned
+            show(output, known, outcomes)
 
 
 @dataclass(frozen=True)
@@ -210,16 +217,18 @@ def _unaided(output: Output, groups: Sequence[Group], outcomes: Sequence[Outcome
     output.table(unaided.table(output.heading, lines), map(asdict, lines))
 
 
-def _figure2(output: Output, groups: Sequence[Group], outcomes: Sequence[Outcome]) -> None:
+def _figure2(
+    output: Output, groups: Sequence[Group], outcomes: Sequence[Outcome], shown: Iterable[str]
+) -> None:
     points = curves.points(_titles(groups), outcomes)
 
     def draw(group: Group) -> str:
         own = [point for point in points if point.group == group.name]
-        return pictures.accuracies(output.picture(group), output.heading, group, own)
+        return pictures.accuracies(output.picture(group), output.heading, group, own, shown)
 
-    output.table(curves.table(output.heading, points), map(asdict, points))
-    shown = {point.group for point in points if point.n}
-    output.pictures(draw, [group for group in groups if group.name in shown])
+    output.table(curves.table(output.heading, points, shown), map(asdict, points))
+    trained = {point.group for point in points if point.n}
+    output.pictures(draw, [group for group in groups if group.name in trained])
 
 
 def _figure3(output: Output, groups: Sequence[Group], chosen: Sequence[Group]) -> None:
