@@ -220,7 +220,7 @@ class Attachment:
         # Charges are taken with α in the coefficients where it is a number, with α = 1 where it changes.
         self._scheduled = callable(law.alpha) or isinstance(law.alpha, Tensor)
         self._law = law.at_unit_strength() if self._scheduled else law
-        self._strength: Factor = self._strength_now()
+        self._strength: Factor = self._strength_at(0)
         self._layers: list[Layer] = layers
         self._backend_name = backend
         self._backends = {device: select(backend, device) for device in {la.weight.device for la in layers}}
@@ -304,6 +304,7 @@ class Attachment:
                 raise ValueError(
                     f"the state has {name} with {len(saved['coefficient'])} filters; this force has not"
                 )
+        self._strength = self._strength_at(max(state["steps"] - 1, 0))
         self.steps = state["steps"]
         self._groups.clear()
         for name, layer in layers.items():
@@ -377,7 +378,7 @@ class Attachment:
 
     def _begin_step(self, groups: list[_Group]) -> None:
         """Looks at α, and counts the step."""
-        strength = self._strength_now()
+        strength = self._strength_at(self.steps)
         if self._scheduled and isinstance(strength, float) and any(capturing(g.device) for g in groups):
             raise RuntimeError(
                 "this alpha changes with the steps, which the replays of a CUDA graph do not see: give a "
@@ -386,9 +387,9 @@ class Attachment:
         self._strength = strength
         self.steps += 1
 
-    def _strength_now(self) -> Factor:
+    def _strength_at(self, step: int) -> Factor:
         """α, where it is not in the coefficients."""
-        return strength_at(self.law.alpha, self.steps) if self._scheduled else 1.0
+        return strength_at(self.law.alpha, step) if self._scheduled else 1.0
 
     def _pulling(self, closure: Callable, optimizer: Optimizer, groups: list[_Group]) -> Callable:
         """The closure, with the force added to the gradients that it leaves."""

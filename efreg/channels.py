@@ -157,16 +157,19 @@ class Channels:
     def _is_shared(self, norm: str, channels: Sequence[int]) -> bool:
         """Whether the norm has other channels, too, or a parameter that has another place in the model."""
         module = self._modules[norm]
-        tied = any(self._owners[id(p)] > 1 for p in module.parameters(recurse=False))
-        return tied or module.num_features != len(channels)
+        return self._is_tied(norm) or module.num_features != len(channels)
+
+    def _is_tied(self, path: str) -> bool:
+        """Whether a parameter of the module has another place in the model."""
+        return any(self._owners[id(p)] > 1 for p in self._modules[path].parameters(recurse=False))
 
     def can_lose_filters(self, layer: str) -> bool:
-        """Whether `removal` finds what goes along with a filter of the layer."""
+        """Whether `removal` finds what goes along with a filter, and none of it is tied to another layer."""
         try:
-            self.removal(layer, [0])
+            going = self.removal(layer, [0]).members
         except PruningError:
             return False
-        return True
+        return not any(self._is_tied(member.module) for member in going)
 
     def _member(self, layer: str, dependency: Any, channels: Sequence[int]) -> Member | None:
         node, module = dependency.target, dependency.target.module

@@ -135,6 +135,8 @@ class Plan:
         where filters that were dead no longer are.
         """
         self.check(model)
+        if any(layer.dead is not None for layer in self.layers):
+            self.check_members(model)
         model = unwrap(model)
         return {x.name: _chosen(model, x) for x in self.layers}
 

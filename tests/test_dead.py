@@ -53,6 +53,27 @@ def test_a_filter_that_one_number_keeps_alive_is_not_dead(net, survivor):
     assert efreg.plan(net, dead=True, example_inputs=X).filters(net) == {"layer1.0.conv1": [3]}
 
 
+def test_tied_convolutions_keep_their_dead_filters():
+    """No plan of dead filters is refused by `prune`: what cannot go is not in it, what else is dead goes."""
+    net = nn.Sequential(*(nn.Conv2d(width, 8, 1) for width in (3, 8, 8, 8)), nn.Conv2d(8, 2, 1))
+    net[2].weight = net[1].weight
+    x = torch.randn(2, 3, 4, 4)
+    with torch.no_grad():
+        for layer in (net[1], net[2], net[3]):
+            layer.weight[5], layer.bias[5] = 0, 0
+    plan = efreg.plan(net, dead=True, example_inputs=x)
+    assert plan.filters(net) == {"3": [5]}
+    assert efreg.prune(net, plan, example_inputs=x)[3].out_channels == 7
+
+
+def test_a_plan_of_the_dead_is_refused_where_members_are_gone(net):
+    kill(net, "layer1.0.conv1", [3])
+    plan = efreg.plan(net, dead=True, example_inputs=X)
+    net.layer1[0].bn1 = nn.Identity()
+    with pytest.raises(ValueError, match=r"another model: 'layer1\.0\.bn1\.weight' belonged to"):
+        efreg.prune(net, plan, example_inputs=X)
+
+
 def test_a_shift_alive_behind_a_zero_weight_stays(net):
     """Magnitudes tie at zero: by magnitude the living filter 7 would go before the dead filter 3."""
     kill(net, "layer1.0.conv1", [3, 7])

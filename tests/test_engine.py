@@ -257,6 +257,18 @@ def test_bfloat16_by_choice(monkeypatch):
     assert engine.Run(settings()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("flags, has", [("fpu avx512f avx512_bf16 sse", True), ("fpu avx512f sse", False)])
+def test_bfloat16_without_its_arithmetic_is_warned_of(flags, has, monkeypatch, tmp_path, caplog):
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : {flags}\n")
+    monkeypatch.setattr(engine, "Path", lambda path: tmp_path / Path(path).name)
+    assert engine.has_bfloat16(torch.device("cpu")) == has
+    engine._warn_if_slow(torch.bfloat16, torch.device("cpu"))
+    assert ("no bfloat16 arithmetic" in caplog.text) == (not has)
+    caplog.clear()
+    engine._warn_if_slow(torch.float32, torch.device("cpu"))
+    assert not caplog.text
+
+
 def test_weights_are_cast_anew_at_every_step():
     """Two steps in bfloat16 are those of a network whose casts were not kept."""
     runs = [engine.Run(settings(precision="bfloat16", epochs=1)) for _ in range(2)]
@@ -772,7 +784,6 @@ def test_an_epoch_that_diverged_is_not_trained_to_its_end(tmp_path, monkeypatch)
         return logits
 
     monkeypatch.setattr(engine, "train_step", poisoned)
-    monkeypatch.setattr(engine, "LOOKED_AT", 1)
     with pytest.raises(engine.Diverged, match="the loss is not finite in epoch 1"):
         train(settings(), tmp_path)
     assert len(steps) == 2

@@ -231,6 +231,7 @@ def test_recipes_can_be_run(name):
         ('start = "dense",', 'model = "resnet20",', "run 'ladder': model is the group's: make another group"),
         ('name = "ladder"', 'name = "a/b"', "'a/b' names files: take another sign than /"),
         ('cuts = [0.0, 0.5, "[0, 0.6, 0.5, 0.25, 0]"]', 'cuts = "0.5"', "cuts is '0.5', which is no list"),
+        ("cuts = [0.0, 0.5, ", "cuts = [0.0, 0.5, 0.5, ", "cuts has 0.5 twice: once is enough"),
         ('name = "ladder"', 'name = "dense"', "two runs are called 'dense': give each a name"),
         ('start = "dense"', 'start = "dnse"', "run 'ladder' starts from 'dnse': no run above is called so"),
         ('norms = ["dense", "ladder"]', 'norms = ["l"]', "norms names the run 'l', which is not there"),
@@ -424,10 +425,11 @@ def test_a_layer_that_is_all_dead_has_norms_of_zero():
 
 
 def test_figure_3_in_a_table():
-    norms = [pictures.Norm("g", "L1", "conv", place, n) for place, n in enumerate((1, 0.5, 0.09, 0.01, 0))]
+    shares = (1, 0.5, 0.09, 0.01, 0)
+    norms = [pictures.Norm("g", "L1", "conv", place, n, "2", "cpu") for place, n in enumerate(shares)]
     text = pictures.norms_table("Figure", {"g": "R"}, norms)
-    assert "| R | L1 | conv | 5 | 1 | 3 | 3 |" in text
-    assert "| network | run | layer | filters | below 1 % | below 10 % | below 50 % |" in text
+    assert "| R | L1 | conv | 5 | 1 | 3 | 3 | 2 | cpu |" in text
+    assert "| network | run | layer | filters | below 1 % | below 10 % | below 50 % | epochs | on |" in text
 
 
 def test_figure_3_shows_sorted_norms(reproduced):

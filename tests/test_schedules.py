@@ -182,6 +182,7 @@ def test_a_resumed_schedule_goes_on_where_it_was():
     force.detach()
     again = efreg.attach(twin, law=efreg.Ladder(lambda step: ALPHAS[step]), layers=twin)
     again.load_state_dict(force.state_dict())
+    assert again.energy() == force.energy()
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
     for _ in range(2):
         twin.weight.grad = torch.zeros_like(twin.weight)

@@ -54,7 +54,7 @@ STEPS = ("eager", "compile", "graph")
 """How a step is carried out: operation by operation, forward and loss compiled, or as one CUDA graph."""
 
 LOOKED_AT = 100
-"""After as many steps the loss is looked at, which waits for the device."""
+"""After as many steps the loss is looked at, for which a GPU has to be waited for; on a CPU after each."""
 
 Step = Callable[..., Tensor]
 """A function with the arguments and the result of `train_step`."""
@@ -82,6 +82,7 @@ class Run:
         torch.set_flush_denormal(True)  # weights near zero make denormals in the momentum: steps 10x slower
         self.settings, self.device = settings, device_named(settings.device)
         self.dtype = dtype_of(settings.precision, self.device)
+        _warn_if_slow(self.dtype, self.device)
         _check_parts(settings)
         self._step = step_of(settings, self.device)
         self.history: list[Row] = list(checkpoint.history) if checkpoint else []
@@ -278,7 +279,7 @@ def train_epoch(
 ) -> tuple[float, float]:
     """One pass over the images: mean loss, and accuracy in percent, as met on the way.
 
-    Raises Diverged soon after a loss that is not finite.
+    Raises Diverged at the first loss that is not finite; not on a CPU, within LOOKED_AT steps.
     """
     torch.manual_seed(data.seed_of(settings.seed, epoch) + distributed.rank())
     model.train()
@@ -292,7 +293,7 @@ def train_epoch(
         weight = distributed.world_size() * len(labels) / whole
         tally.add(step(model, optimizer, inputs, labels, dtype, weight), labels)
         tick()
-        if (done + 1) % LOOKED_AT == 0:
+        if inputs.device.type == "cpu" or (done + 1) % LOOKED_AT == 0:
             _require_finite(tally.means()[0], epoch)
     return tally.means()
 
@@ -370,6 +371,15 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type != "cpu" or not cpuinfo.exists():
         return False
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpuinfo.read_text().split())
+
+
+def _warn_if_slow(dtype: torch.dtype, device: torch.device) -> None:
+    if dtype == torch.bfloat16 and not has_bfloat16(device):
+        logger.warning(
+            "this %s has no bfloat16 arithmetic, and computes in it several times slower than in float32: "
+            "precision auto would have taken float32",
+            device.type,
+        )
 
 
 def _full(logits: Tensor) -> Tensor:

@@ -98,11 +98,20 @@ class Job:
         tuning = self.recipe.fine_tune.epochs * len(self.group.cuts) if self.recipe.fine_tune else 0
         return self.recipe.settings.epochs + tuning
 
-    def trainings(self) -> list[int]:
-        """The epochs of each training that a cut network went through."""
+    @property
+    def course(self) -> str:
+        """The epochs of each training that a cut network went through, such as "200 + 200 + 120"."""
+        return " + ".join(map(str, self._trainings()))
+
+    @property
+    def on(self) -> str:
+        """What computes, in which precision."""
+        return f"{str(_dtype(self.settings)).removeprefix('torch.')}, {_where(_device(self.settings))}"
+
+    def _trainings(self) -> list[int]:
         first = replace(self.start, recipe=replace(self.start.recipe, fine_tune=None)) if self.start else None
         after = [self.recipe.fine_tune.epochs] if self.recipe.fine_tune else []
-        return [*(first.trainings() if first else ()), self.recipe.settings.epochs, *after]
+        return [*(first._trainings() if first else ()), self.recipe.settings.epochs, *after]
 
     def _file(self, suffix: str, *more) -> Path:
         weights = None if self.start else self.settings.weights
@@ -182,8 +191,8 @@ def _outcome(job: Job, whole: Cut, cut: Cut, fine_tuned: float) -> Outcome:
         fine_tuned=fine_tuned,
         macs_before=whole.macs,
         macs=cut.macs,
-        epochs=" + ".join(map(str, job.trainings())),
-        on=f"{str(_dtype(job.settings)).removeprefix('torch.')}, {_where(_device(job.settings))}",
+        epochs=job.course,
+        on=job.on,
     )
 
 

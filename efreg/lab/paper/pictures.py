@@ -55,6 +55,8 @@ class Norm:
     layer: str
     place: int
     norm: float
+    epochs: str
+    on: str
 
 
 def norms_of(job: Job, say: Say, tick: runs.Tick) -> list[Norm]:
@@ -68,7 +70,7 @@ def norms_of(job: Job, say: Say, tick: runs.Tick) -> list[Norm]:
     example = torch.zeros(2, *shape, device=next(network.parameters()).device)
     layers = list(engine.plan(network, job.settings, example))[:LAYERS]
     return [
-        Norm(job.group.name, job.recipe.name, layer, place, norm)
+        Norm(job.group.name, job.recipe.name, layer, place, norm, job.course, job.on)
         for layer in layers
         for place, norm in enumerate(_sorted_norms(network.get_submodule(layer).weight))
     ]
@@ -91,14 +93,15 @@ def norms(stem: Path, heading: str, group: Group, found: Sequence[Norm]) -> str:
 
 def norms_table(heading: str, titles: Mapping[str, str], found: Iterable[Norm]) -> str:
     """Markdown: of each layer how many filters have a norm below these shares of the largest."""
-    layers: dict[tuple[str, str, str], list[float]] = {}
+    layers: dict[tuple[str, str, str, str, str], list[float]] = {}
     for n in found:
-        layers.setdefault((titles[n.group], n.run, n.layer), []).append(n.norm)
+        layers.setdefault((titles[n.group], n.run, n.layer, n.epochs, n.on), []).append(n.norm)
     below = [
-        [*key, str(len(norms)), *(str(sum(norm < share for norm in norms)) for share in SHARES)]
+        [*key[:3], str(len(norms)), *(str(sum(norm < share for norm in norms)) for share in SHARES), *key[3:]]
         for key, norms in layers.items()
     ]
-    head = ["network", "run", "layer", "filters", *(f"below {100 * share:g} %" for share in SHARES)]
+    shares = [f"below {100 * share:g} %" for share in SHARES]
+    head = ["network", "run", "layer", "filters", *shares, "epochs", "on"]
     note = "How many filters have an L1 norm below these shares of the layer's largest, seed 0."
     return "\n\n".join([f"### {heading}", markdown.table(head, below), note])
 

@@ -178,6 +178,8 @@ def _check(group: Group) -> None:
         raise ValueError("it needs runs and cuts")
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"two runs are called {twice.pop()!r}: give each a name")
+    if twice := {cut for cut in group.cuts if group.cuts.count(cut) > 1}:
+        raise ValueError(f"cuts has {twice.pop()!r} twice: once is enough")
     if slashed := [name for name in (group.name, *names) if "/" in name]:
         raise ValueError(f"{slashed[0]!r} names files: take another sign than /")
     if unknown := set(group.shown) - set(WHAT):
