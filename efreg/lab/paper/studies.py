@@ -154,7 +154,6 @@ CIFAR10_LONG = Study(
     (
         Candidate(Way(LADDER_4, "filter", "proximal"), 0.1, seeds=2),
         Candidate(Way(L1, "filter", "proximal"), 0.03, seeds=1),
-        Candidate(Way(L1, "filter", "proximal"), 0.1, seeds=1),
     ),
     weights=CIFAR10.weights,
 )
