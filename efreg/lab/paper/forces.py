@@ -186,7 +186,7 @@ def _measure_latencies(study: Study) -> Iterable[Latency]:
 
 def tables(study: Study, results: Sequence[Result], latencies: Sequence[Latency]) -> str:
     """Markdown: each way at its best strength, right after pruning and with re-estimated statistics."""
-    chosen = best(lines(results))
+    chosen = best(lines(results), study.base.held_out)
     base = study.base
     title = (
         f"{base.model} on {base.dataset}, {base.epochs} epoch{'s' * (base.epochs > 1)}, "
@@ -241,8 +241,9 @@ def _choice(study: Study, chosen: Sequence[Best]) -> str:
     if all(len(b.tried) == 1 for b in chosen):
         return "One strength of each, none was chosen."
     return (
-        f"α keeps most on {study.base.held_out} training images that were held out, on average over the "
-        "ratios; ↑ ↓: the largest, the smallest that was tried."
+        f"α is the weakest that keeps as much as any, within one standard error, of {study.base.held_out} "
+        "training images that were held out, on average over the ratios; ↑ ↓: the largest, the smallest "
+        "that was tried."
     )
 
 
@@ -278,7 +279,7 @@ def _left(line: Line) -> list[str]:
 def _draw(path: Path, study: Study, results: Sequence[Result]) -> None:
     half = RATIOS.index(0.5)
     found = [line for line in lines(results) if not line.diverged]
-    kept = [b.line for b in best(found)]
+    kept = [b.line for b in best(found, study.base.held_out)]
     points = [
         figures.Point(*line.way, line.accuracy[0][0], line.accuracy[half][0], line in kept) for line in found
     ]

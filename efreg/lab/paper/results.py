@@ -1,9 +1,9 @@
-"""What a study's runs gave: rows of its CSV, their means over seeds, and the strength that keeps most."""
+"""What a study's runs gave: rows of its CSV, their means over seeds, and the strength that is chosen."""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isnan, nan
+from math import isnan, nan, sqrt
 from pathlib import Path
 
 from efreg.lab.logs import read_csv
@@ -110,7 +110,7 @@ def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Best:
-    """Of one way the strength that keeps most, and where in the row of those tried it lies."""
+    """Of one way the strength that is chosen, and where in the row of those tried it lies."""
 
     line: Line
     tried: tuple[float, ...]
@@ -123,26 +123,35 @@ class Best:
         return "↑" if self.line.alpha == self.tried[-1] else "↓"
 
 
-def best(found: Iterable[Line]) -> list[Best]:
-    """Of each way the strength that keeps most on the held-out images, on average over the ratios.
+def best(found: Iterable[Line], images: int) -> list[Best]:
+    """Of each way the weakest strength that keeps as much as any, as far as so many held-out images can tell.
 
-    Strengths are compared on the seeds that all of them have.
+    That is at most one standard error, √(p (1 − p) / images), below the share p that the best strength keeps
+    of them on average over the ratios: the one-standard-error rule (Breiman et al., Classification and
+    Regression Trees, 1984). Strengths are compared on the seeds that all of them have.
     """
     ways: dict[tuple, list[Line]] = {}
     for line in found:
         ways.setdefault(line.way, []).append(line)
     return [
-        Best(max(lines, key=_kept_on(lines)), tuple(sorted(line.alpha for line in lines)))
+        Best(_weakest_of_the_best(lines, images), tuple(sorted(line.alpha for line in lines)))
         for lines in ways.values()
     ]
 
 
+def _weakest_of_the_best(lines: Sequence[Line], images: int) -> Line:
+    kept = _kept_on(lines)
+    most = max(map(kept, lines))
+    error = sqrt(most * (100 - most) / images)
+    return min((line for line in lines if kept(line) >= most - error), key=lambda line: line.alpha)
+
+
 def _kept_on(lines: Sequence[Line]):
-    """What a line keeps on the seeds that all of the lines have; least where its training diverged."""
+    """What a line keeps on the seeds that all of the lines have; nothing where its training diverged."""
     common = set.intersection(*(set(line.chosen_by) for line in lines))
 
     def kept(line: Line) -> float:
         mean = statistics.mean(line.chosen_by[seed] for seed in common)
-        return -1.0 if isnan(mean) else mean
+        return 0.0 if isnan(mean) else mean
 
     return kept
