@@ -18,6 +18,7 @@ from efreg.lab.checkpoints import Settings
 from efreg.lab.paper import (
     curves,
     cuts,
+    forces,
     loops,
     pictures,
     published,
@@ -26,6 +27,7 @@ from efreg.lab.paper import (
     runs,
     speedups,
     step_times,
+    studies,
     tables,
     unaided,
 )
@@ -459,6 +461,27 @@ def test_networks_are_kept_for_other_cuts(reproduced, tmp_path, monkeypatch):
     text = MINE.replace("cuts = [0.0, 0.5,", "cuts = [0.0, 0.25,").replace('"table4", ', "")
     run("figure2", tmp_path, text=text.replace('fine_tune = { schedule = "p2", epochs = 1 }', ""), seeds=2)
     assert {r["ratio"] for r in rows(tmp_path / "figure2.csv")} == {"0.0", "0.25", "[0, 0.6, 0.5, 0.25, 0]"}
+
+
+def test_networks_of_the_forces_are_taken_over(tmp_path, monkeypatch):
+    """What `efreg paper forces` trained with a run's settings: not trained again, to the same bits."""
+    study = studies.Study(
+        "tiny",
+        Settings(dataset="digits", model="resnet14", epochs=2, lr=0.05, batch_size=64, held_out=40),
+        (studies.Candidate(studies.Way(studies.LADDER, "filter", "proximal"), 0.1),),
+    )
+    monkeypatch.setitem(studies.STUDIES, "tiny", study)
+    monkeypatch.setattr(forces, "LATENCY_REPEATS", {1: 1})
+    forces.run(tmp_path, only=["tiny"], seeds=1, device="cpu", console=Console(file=io.StringIO()))
+    monkeypatch.setattr(engine, "train_epoch", lambda *_: pytest.fail("trained again"))
+    text = MINE.replace("epochs = 2", "epochs = 2\nheld_out = 40").replace('"table4", ', "")
+    text = text.replace('fine_tune = { schedule = "p2", epochs = 1 }', "").replace(', start = "dense"', "")
+    text = text.replace('  { name = "dense" },\n', "").replace('"dense", ', "")
+    run("figure2", tmp_path, text=text)
+    (there,), (taken,) = ((tmp_path / folder).glob("*.safetensors") for folder in ("tiny", "runs"))
+    assert there.read_bytes() == taken.read_bytes()
+    study, figure = rows(tmp_path / "forces-tiny.csv"), rows(tmp_path / "figure2.csv")
+    assert len({row["accuracy"] for row in (*study, *figure) if row["ratio"] == "0.5"}) == 1
 
 
 @pytest.mark.parametrize("when", [2, 4, 7], ids=["training", "fine-tuning", "the run that goes on"])

@@ -32,9 +32,9 @@ def run(
 ) -> None:
     """Runs the studies named in `only`, or all whose data is there: what is missing, the rest is taken over.
 
-    Writes to `out`, for each study, its rows as CSV, tables as Markdown and a picture. An interrupted run
-    goes on after its last epoch. Raises ValueError for what cannot be run or read, FileNotFoundError where
-    the data of a study that was named is not there.
+    Writes to `out`, for each study, its rows as CSV, tables as Markdown and a picture, and keeps the networks
+    in a folder. An interrupted run goes on after its last epoch. Raises ValueError for what cannot be run or
+    read, FileNotFoundError where the data of a study that was named is not there.
     """
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}: it must be at least 1")
@@ -121,6 +121,7 @@ def _run(candidate: Candidate, settings: Settings, path: Path, test: data.Images
         bar.console.print(f"{candidate}, seed {settings.seed}: {error}", highlight=False)
         bar.advance(task, settings.epochs - run.epoch)
         return [_result(candidate, run, Cut(ratio, nan, nan, 0, 0), nan) for ratio in RATIOS]
+    efreg.save(run.model, path.with_suffix(".safetensors"))
     images = run.data._replace(test=test)
     cuts = sweep(run.model, images, ratios=RATIOS, dtype=run.dtype)
     return [_result(candidate, run, cut, _held_out_accuracy(run, cut.ratio)) for cut in cuts]

@@ -107,8 +107,11 @@ def finish(run: engine.Run, path: Path, tick: Tick) -> None:
 def keep_network(settings: Settings, path: Path, tick: Tick) -> None:
     """Trains to the end and writes the network to `path`, a safetensors file; nothing where that is there.
 
+    A network that the same settings gave to another command is taken over from its folder beside this one.
     Raises as `resume` and `finish` do.
     """
+    if not path.exists() and (same := _trained_alike(path)):
+        once(path, lambda: _copy(same, path))
     if path.exists():
         tick(settings.epochs)
         return
@@ -117,6 +120,17 @@ def keep_network(settings: Settings, path: Path, tick: Tick) -> None:
     finish(run, checkpoint, tick)
     once(path, lambda: efreg.save(run.model, path))
     checkpoint.unlink(missing_ok=True)
+
+
+def _trained_alike(path: Path) -> Path | None:
+    """A file in a folder beside this one's whose name has the same end: seed and digest."""
+    _, seed, digest = path.stem.rsplit("-", 2)
+    return next(iter(sorted(path.parent.parent.glob(f"*/*-{seed}-{digest}{path.suffix}"))), None)
+
+
+def _copy(source: Path, path: Path) -> None:
+    with checkpoints.replacing(path) as file:
+        file.write(source.read_bytes())
 
 
 def once(path: Path, write: Callable[[], None]) -> None:
