@@ -13,7 +13,7 @@ from rich.console import Console
 
 import efreg
 from efreg import reference
-from efreg.lab import data, engine, models
+from efreg.lab import data, engine, figures, models
 from efreg.lab.checkpoints import Settings
 from efreg.lab.paper import (
     curves,
@@ -377,6 +377,43 @@ def test_the_pictures(reproduced):
             assert picture.format == "PNG" and min(picture.size) >= 600
         assert (out / f"{name}.svg").read_text(encoding="utf-8").count("<svg") == 1
     assert {r["run"] for r in rows(out / "figure2.csv")} == {"dense", "ladder"}
+
+
+CALLED = {
+    "ladder p = 4": "ladder, p = 4",
+    "ladder": "ladder",
+    "L1": "L1",
+    "electrostatic, once": "electrostatic, once",
+    "electrostatic, each step": "electrostatic, each step",
+}
+"""How the names of runs begin, and the forces of the trade-offs that they are drawn as."""
+
+
+@pytest.mark.parametrize("group", recipes.read().values(), ids=lambda group: group.name)
+def test_a_line_shows_force_and_scope_that_its_run_is_named_after(group):
+    looks = pictures.looks_of(group)
+    assert len(set(looks.values())) == len(looks) == len(group.recipes)
+    for name, look in looks.items():
+        force = next((CALLED[start] for start in CALLED if name.startswith(start)), "no force")
+        assert look.color == figures.COLORS[force]
+        assert look.marker == figures.MARKERS["filter" if ", filter" in name else "weights"]
+
+
+def test_of_a_force_the_strongest_is_solid():
+    looks = pictures.looks_of(recipes.read()["resnet20-cifar10-short"])
+    once = [looks[f"electrostatic, once, {alpha}"].style for alpha in ("1e-11", "1e-12", "1e-14")]
+    assert once == ["-", "--", ":"]
+    assert looks["electrostatic, once, filter, proximal, fading, 2e-11 (ours)"].style == "-"
+
+
+def test_lines_are_drawn_as_they_look(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
+    given = figures.Curve("given", [1, 2], [3, 4], look=figures.Look("#123456", ":", "D"))
+    panel = figures.Panel("heading", "x", [figures.Curve("by place", [1, 2], [4, 3]), given])
+    figures.draw_panels(tmp_path / "x.png", [panel], "title", "subtitle")
+    lines = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in drawn[0].axes[0].lines]
+    assert lines == [(figures.PALETTE[0], "-", "o"), ("#123456", ":", "D")]
 
 
 def test_figure_2_shows_new_statistics_where_they_are_asked_for(reproduced, tmp_path):

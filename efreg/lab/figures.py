@@ -15,22 +15,32 @@ from efreg.lab.checkpoints import replacing
 LEGEND_COLUMNS = 4
 INK, MUTED, GRID = "#222222", "#6b6b6b", "#e6e6e6"
 PALETTE = ("#8c8c8c", "#c8641b", "#1b5e9e", "#7a4fa3", "#5aa0d6", "#e0a458", "#c774b2", "#16836b")
-STYLES = ("-", "--", ":")
+STYLES = ("-", "--", ":", "-.")
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a line is drawn."""
+
+    color: str
+    style: str = "-"
+    marker: str = "o"
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a panel."""
+    """One line of a panel. look: by its place where none is given."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     strong: bool = False
+    look: Look | None = None
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves over the same quantity, coloured by their place; speedups stand on a logarithmic axis."""
+    """Curves over the same quantity; speedups stand on a logarithmic axis."""
 
     heading: str
     x_label: str
@@ -77,7 +87,7 @@ def draw_panels(
         labelcolor="linecolor",
         fontsize=10.5,
         columnspacing=1.6,
-        handlelength=1.8,
+        handlelength=2.6,
     )
     _save(figure, path)
 
@@ -106,7 +116,7 @@ COLORS = {
     "ladder": "#16836b",
     "ladder, p = 4": "#7a4fa3",
 }
-"""Of each force in every trade-off."""
+"""Of each force wherever it is drawn."""
 
 
 def draw_trade(path: str | Path, points: Sequence[Point], title: str, subtitle: str) -> None:
@@ -172,15 +182,15 @@ def _legend(figure: Figure, points: Sequence[Point]) -> None:
 
 
 def _draw(ax: Axes, panel: Panel) -> None:
-    """The colours of the palette in solid lines, then again in dashed and dotted ones, and so on."""
     for place, curve in enumerate(panel.curves):
+        look = curve.look or _look(place)
         ax.plot(
             curve.x,
             curve.y,
-            color=PALETTE[place % len(PALETTE)],
-            linestyle=STYLES[place // len(PALETTE) % len(STYLES)],
+            color=look.color,
+            linestyle=look.style,
             linewidth=4 if curve.strong else 2,
-            marker="o",
+            marker=look.marker,
             markersize=4,
             label=curve.label,
         )
@@ -192,6 +202,11 @@ def _draw(ax: Axes, panel: Panel) -> None:
         ax.set_xticks([], minor=True)
         ax.set_xlim(0.95, 1.05 * max(x for curve in panel.curves for x in curve.x))
     _plain(ax)
+
+
+def _look(place: int) -> Look:
+    """The colours of the palette in solid lines, then again in dashed ones, and so on."""
+    return Look(PALETTE[place % len(PALETTE)], STYLES[place // len(PALETTE) % len(STYLES)])
 
 
 def _save(figure: Figure, path: str | Path) -> None:

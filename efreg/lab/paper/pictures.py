@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -10,7 +11,8 @@ from efreg.lab import data, engine, figures
 from efreg.lab.paper import cuts, markdown, runs
 from efreg.lab.paper.curves import SHOWN, Point
 from efreg.lab.paper.cuts import Job, Say
-from efreg.lab.paper.recipes import Group
+from efreg.lab.paper.recipes import Group, Recipe
+from efreg.lab.paper.studies import force_of
 
 LAYERS = 2
 """Figure 3 shows as many, the first that the force acts on."""
@@ -21,8 +23,9 @@ SHARES = (0.01, 0.1, 0.5)
 
 def accuracies(stem: Path, heading: str, group: Group, points: Sequence[Point], shown: Iterable[str]) -> str:
     """Figure 2: these accuracies against the ratio, the first against the speedup too. Names the files."""
-    panels = [_accuracies(points, SHOWN[what], what) for what in shown]
-    panels.insert(1, _accuracies(points, "the same, over the speedup", "accuracy", over_speedup=True))
+    looks = looks_of(group)
+    panels = [_accuracies(points, looks, SHOWN[what], what) for what in shown]
+    panels.insert(1, _accuracies(points, looks, "the same, over the speedup", "accuracy", over_speedup=True))
     seeds = max(point.n + point.diverged for point in points)
     subtitle = f"{group.title}, whole test set: {_epochs(group)}, mean of {seeds} seed{'s' * (seeds != 1)}"
     return _draw(stem, panels, heading, subtitle)
@@ -32,8 +35,25 @@ def _epochs(group: Group) -> str:
     return f"{max(recipe.settings.epochs for recipe in group.recipes)} epochs with each force"
 
 
+def looks_of(group: Group) -> dict[str, figures.Look]:
+    """Of each run the colour of its force, the mark of what that pulls; the strongest of a kind is solid."""
+    kinds: dict[tuple[str, str], list[Recipe]] = {}
+    for recipe in sorted(group.recipes, key=lambda recipe: -recipe.settings.alpha):
+        kinds.setdefault((force_of(recipe.settings).name, recipe.settings.scope), []).append(recipe)
+    return {
+        recipe.name: figures.Look(figures.COLORS[force], style, figures.MARKERS[scope])
+        for (force, scope), recipes in kinds.items()
+        for recipe, style in zip(recipes, cycle(figures.STYLES), strict=False)
+    }
+
+
 def _accuracies(
-    points: Sequence[Point], heading: str, what: str, *, over_speedup: bool = False
+    points: Sequence[Point],
+    looks: Mapping[str, figures.Look],
+    heading: str,
+    what: str,
+    *,
+    over_speedup: bool = False,
 ) -> figures.Panel:
     """Of each run the cuts that take one share of every layer."""
     curves: dict[str, list[tuple[float, float]]] = {}
@@ -42,8 +62,13 @@ def _accuracies(
             removed = point.speedup if over_speedup else 100 * float(point.ratio)
             curves.setdefault(point.run, []).append((removed, getattr(point, what)))
     label = "speedup: MACs before / MACs after" if over_speedup else figures.REMOVED
-    drawn = [figures.Curve(run, *zip(*found, strict=True)) for run, found in curves.items()]
-    return figures.Panel(heading, label, drawn, speedups=over_speedup)
+    return figures.Panel(heading, label, _curves(curves, looks), speedups=over_speedup)
+
+
+def _curves(
+    runs: Mapping[str, Sequence[tuple[float, float]]], looks: Mapping[str, figures.Look]
+) -> list[figures.Curve]:
+    return [figures.Curve(run, *zip(*found, strict=True), look=looks[run]) for run, found in runs.items()]
 
 
 @dataclass(frozen=True)
@@ -84,8 +109,10 @@ def _sorted_norms(weight: torch.Tensor) -> list[float]:
 
 def norms(stem: Path, heading: str, group: Group, found: Sequence[Norm]) -> str:
     """Figure 3: a panel for each layer. Names the files."""
+    looks = looks_of(group)
     panels = [
-        _norms([n for n in found if n.layer == layer]) for layer in dict.fromkeys(n.layer for n in found)
+        _norms([n for n in found if n.layer == layer], looks)
+        for layer in dict.fromkeys(n.layer for n in found)
     ]
     subtitle = f"{group.title}: {_epochs(group)}, seed 0"
     return _draw(stem, panels, heading, subtitle, y_label="‖w‖₁ / largest ‖w‖₁", top=1)
@@ -106,13 +133,11 @@ def norms_table(heading: str, titles: Mapping[str, str], found: Iterable[Norm]) 
     return "\n\n".join([f"### {heading}", markdown.table(head, below), note])
 
 
-def _norms(found: Sequence[Norm]) -> figures.Panel:
-    runs = dict.fromkeys(n.run for n in found)
-    curves = [
-        figures.Curve(run, [n.place for n in found if n.run == run], [n.norm for n in found if n.run == run])
-        for run in runs
-    ]
-    return figures.Panel(found[0].layer, "filter, the largest first", curves)
+def _norms(found: Sequence[Norm], looks: Mapping[str, figures.Look]) -> figures.Panel:
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for n in found:
+        curves.setdefault(n.run, []).append((n.place, n.norm))
+    return figures.Panel(found[0].layer, "filter, the largest first", _curves(curves, looks))
 
 
 def _draw(stem: Path, panels: Sequence[figures.Panel], heading: str, subtitle: str, **options) -> str:

@@ -24,6 +24,14 @@ LADDER = Force("ladder", {"law": "ladder"})
 LADDER_4 = Force("ladder, p = 4", {"law": "ladder", "power": 4.0})
 
 
+def force_of(settings: Settings) -> Force:
+    """The force that a network is trained with; a ladder of another power is a ladder."""
+    if settings.alpha == 0 or settings.epochs == 0:
+        return NO_FORCE
+    kinds = (LADDER_4, LADDER, EACH_STEP, ONCE, GROUP_LASSO, L1)
+    return next(kind for kind in kinds if kind.settings.items() <= vars(settings).items())
+
+
 @dataclass(frozen=True)
 class Way:
     """A row of the table: a force, what it pulls, and how."""
