@@ -327,7 +327,10 @@ def test_the_table_says_how_its_strengths_were_chosen():
     study = replace(TINY, base=base, weights="public.th", start_epochs=0)
     one = results("ladder", 0.1, [20] * 7, [90] * 7)
     text = forces.tables(study, one, LATENCIES)
-    assert "One strength of each, none was chosen. The public weights have seen these images." in text
+    assert (
+        "One strength of each, none was chosen. The public weights were trained on all training images"
+        in text
+    )
     schedule = "α's schedule is linear, over 50% of the steps"
     assert f"Trained from public.th, learning rate 0.05, cosine; {schedule}." in text
     text = forces.tables(study, [*one, *results("ladder", 0.2, [30] * 7, [90] * 7)], LATENCIES)

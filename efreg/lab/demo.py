@@ -4,7 +4,7 @@ import copy
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 import efreg
 from efreg.lab import data, engine, figures
 from efreg.lab.checkpoints import Settings
+from efreg.lab.figures import look_of
 from efreg.lab.logs import progress, write_csv
 from efreg.lab.sweep import RATIOS, Cut, accuracy_table, rows, sweep
 
@@ -27,10 +28,11 @@ TIMED_STEPS = 40
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to train on: its name in the table, and what `efreg.attach` is given; None attaches nothing."""
+    """A way to train on: its name in the table, its line, and what `efreg.attach` is given; None: nothing."""
 
     name: str
-    options: Mapping[str, Any] | None = field(default_factory=dict)
+    look: figures.Look
+    options: Mapping[str, Any] | None
 
 
 FIGURES = {"accuracy": "right after pruning", "recalibrated": "batch-norm statistics re-estimated"}
@@ -40,15 +42,20 @@ WHOLE = ", whole filter"
 """What the names of forces on the whole filter end with."""
 
 NO_FORCE, L1 = "no force", "L1"
+ONCE, EACH_STEP = "electrostatic, once", "electrostatic, each step"
 CONTENDERS = (
-    Contender(NO_FORCE, None),
-    Contender(L1, {"law": "l1", "alpha": 3e-2}),
-    Contender("electrostatic, each step", {"alpha": 1e-11, "refresh": 1}),
-    Contender("electrostatic, proximal", {"alpha": 1e-11, "update": "proximal"}),
-    Contender("electrostatic, once", {"alpha": 1e-11}),
-    Contender(f"L1{WHOLE}", {"law": "l1", "alpha": 1e-2, "scope": "filter"}),
-    Contender(f"electrostatic{WHOLE}", {"alpha": 3e-11, "scope": "filter"}),
-    Contender(f"ladder{WHOLE}", {"law": "ladder", "alpha": 1e-1, "scope": "filter", "update": "proximal"}),
+    Contender(NO_FORCE, look_of(NO_FORCE), None),
+    Contender(L1, look_of(L1), {"law": "l1", "alpha": 3e-2}),
+    Contender(EACH_STEP, look_of(EACH_STEP), {"alpha": 1e-11, "refresh": 1}),
+    Contender("electrostatic, proximal", look_of(ONCE, style="--"), {"alpha": 1e-11, "update": "proximal"}),
+    Contender(ONCE, look_of(ONCE), {"alpha": 1e-11}),
+    Contender(f"L1{WHOLE}", look_of(L1, "filter"), {"law": "l1", "alpha": 1e-2, "scope": "filter"}),
+    Contender(f"electrostatic{WHOLE}", look_of(ONCE, "filter"), {"alpha": 3e-11, "scope": "filter"}),
+    Contender(
+        f"ladder{WHOLE}",
+        look_of("ladder", "filter"),
+        {"law": "ladder", "alpha": 1e-1, "scope": "filter", "update": "proximal"},
+    ),
 )
 """On the weights, as the paper has it: electrostatic force with charges at both readings, beside L1 at its
 best α here; then on all that removal takes from a filter. Where nothing is said charges are taken once."""
@@ -183,12 +190,14 @@ def _save(folder: Path, networks: Mapping[str, nn.Module], images: data.Data) ->
 
 def _draw(path: Path, sweeps: Mapping[str, Sequence[Cut]], epochs: int) -> None:
     removed = [100 * ratio for ratio in RATIOS]
+    looks = {force.name: force.look for force in CONTENDERS}
 
     def curves(figure: str) -> list[figures.Curve]:
         kept = {name: [getattr(cut, figure) for cut in cuts] for name, cuts in sweeps.items()}
         flattest = min(kept, key=lambda name: kept[name][0] - statistics.mean(kept[name]))
         return [
-            figures.Curve(name, removed, values, strong=name == flattest) for name, values in kept.items()
+            figures.Curve(name, removed, values, strong=name == flattest, look=looks[name])
+            for name, values in kept.items()
         ]
 
     figures.draw_panels(

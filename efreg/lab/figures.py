@@ -20,11 +20,12 @@ STYLES = ("-", "--", ":", "-.")
 
 @dataclass(frozen=True)
 class Look:
-    """How a line is drawn."""
+    """How a line is drawn: the mark is that of what a force acts on."""
 
     color: str
     style: str = "-"
     marker: str = "o"
+    width: float = 2
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,11 @@ COLORS = {
 """Of each force wherever it is drawn."""
 
 
+def look_of(force: str, scope: str = "weights", style: str = "-") -> Look:
+    """Of a force its colour, of the whole filter a thicker line."""
+    return Look(COLORS[force], style, MARKERS[scope], 2.6 if scope == "filter" else 1.6)
+
+
 def draw_trade(path: str | Path, points: Sequence[Point], title: str, subtitle: str) -> None:
     """Writes a PNG: accuracy after pruning over accuracy before, on the diagonal where nothing is lost."""
     figure = Figure(figsize=(9.6, 7.2), facecolor="white")
@@ -189,7 +195,7 @@ def _draw(ax: Axes, panel: Panel) -> None:
             curve.y,
             color=look.color,
             linestyle=look.style,
-            linewidth=4 if curve.strong else 2,
+            linewidth=2 * look.width if curve.strong else look.width,
             marker=look.marker,
             markersize=4,
             label=curve.label,

@@ -242,14 +242,18 @@ def _choice(study: Study, chosen: Sequence[Best]) -> str:
     if all(len(b.tried) == 1 for b in chosen):
         return "One strength of each, none was chosen."
     return (
-        f"α is the weakest that keeps as much as any, within one standard error, of {study.base.held_out} "
-        "training images that were held out, on average over the ratios; ↑ ↓: the largest, the smallest "
-        "that was tried."
+        "Where several strengths were tried α is the weakest that keeps as much as any, within one standard "
+        f"error, of {study.base.held_out} training images that were held out, on average over the ratios; "
+        "↑ ↓: the largest, the smallest of them. The CSV has all."
     )
 
 
 def _seen(study: Study) -> str:
-    return " The public weights have seen these images." if study.weights else ""
+    return (
+        " The public weights were trained on all training images, those held out too."
+        if study.weights
+        else ""
+    )
 
 
 def _cost(name: str, figures: Iterable[str]) -> list[str]:
@@ -288,5 +292,5 @@ def _draw(path: Path, study: Study, results: Sequence[Result]) -> None:
         path,
         points,
         "Accuracy before, against accuracy without half of the filters",
-        f"{study.base.model} on {study.base.dataset}; every strength of every force, the chosen ones large",
+        f"{study.base.model} on {study.base.dataset}; all that was tried, large what stands in the table",
     )

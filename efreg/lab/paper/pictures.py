@@ -27,7 +27,8 @@ def accuracies(stem: Path, heading: str, group: Group, points: Sequence[Point], 
     panels = [_accuracies(points, looks, SHOWN[what], what) for what in shown]
     panels.insert(1, _accuracies(points, looks, "the same, over the speedup", "accuracy", over_speedup=True))
     seeds = max(point.n + point.diverged for point in points)
-    subtitle = f"{group.title}, whole test set: {_epochs(group)}, mean of {seeds} seed{'s' * (seeds != 1)}"
+    of = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
+    subtitle = f"{group.title}, whole test set: {_epochs(group)}, {of}"
     return _draw(stem, panels, heading, subtitle)
 
 
@@ -41,7 +42,7 @@ def looks_of(group: Group) -> dict[str, figures.Look]:
     for recipe in sorted(group.recipes, key=lambda recipe: -recipe.settings.alpha):
         kinds.setdefault((force_of(recipe.settings).name, recipe.settings.scope), []).append(recipe)
     return {
-        recipe.name: figures.Look(figures.COLORS[force], style, figures.MARKERS[scope])
+        recipe.name: figures.look_of(force, scope, style)
         for (force, scope), recipes in kinds.items()
         for recipe, style in zip(recipes, cycle(figures.STYLES), strict=False)
     }
