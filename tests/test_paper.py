@@ -242,6 +242,8 @@ def test_recipes_can_be_run(name):
         ("alpha = 0.1", "alpha = -1", "run 'ladder': alpha"),
         ("epochs = 2", "epochs = 0", "run 'dense' has no epochs: random weights are no network to cut"),
         ('schedule = "p2"', 'schedule = "p3"', "run 'dense': fine_tune: unknown schedule 'p3'"),
+        ("lr = 0.05", "lr = 0.05\nseeds = 1.5", "run 'dense': seeds is 1.5, which is no int"),
+        ('start = "dense",', "seeds = 0,", "run 'ladder' has 0 seeds: it needs at least one"),
         ("[tiny]", "[tiny", "is no TOML"),
     ],
 )
@@ -441,6 +443,34 @@ def test_figure_2_has_means_of_its_seeds(reproduced):
             assert float(row[what]) == pytest.approx((a + b) / 2, abs=1e-9)
             assert float(row[f"{what}_deviation"]) == pytest.approx(abs(a - b) / 2**0.5, abs=1e-9)
         assert float(row["speedup"]) == int(found[0]["macs_before"]) / int(found[0]["macs"])
+
+
+def test_a_run_has_seeds_of_its_own(reproduced, tmp_path):
+    """The group's, or those of its line; a run starts from the same seed of another."""
+    shutil.copytree(reproduced[0] / "runs", tmp_path / "runs")
+    text = MINE.replace("lr = 0.05", "lr = 0.05\nseeds = 1").replace(
+        'name = "ladder"', 'name = "ladder", seeds = 2'
+    )
+    run("figure2", tmp_path, text=text, seeds=3)
+    assert {(r["run"], r["n"]) for r in rows(tmp_path / "figure2.csv")} == {("dense", "1"), ("ladder", "2")}
+
+
+@pytest.mark.parametrize(
+    "seeds, said",
+    [((1, 1), "one seed"), ((3, 3), "means of 3 seeds"), ((3, 1, 2), "means of 1 to 3 seeds")],
+)
+def test_a_picture_says_how_many_seeds(seeds, said, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
+    group = recipes.read()["resnet20-cifar10-short"]
+    made = [
+        curves.Point(group.name, "R", recipe.name, "0.5", 2.0, 70, nan, 70, nan, n, 0, "3", "cpu")
+        for recipe, n in zip(group.recipes, seeds, strict=False)
+    ]
+    pictures.accuracies(tmp_path / "x", "heading", group, made, ["accuracy"])
+    assert f"ResNet-20, CIFAR-10, whole test set: 5 epochs with each force, {said}" in {
+        text.get_text() for text in drawn[0].texts
+    }
 
 
 def test_figure_2_in_a_table():

@@ -26,14 +26,20 @@ def accuracies(stem: Path, heading: str, group: Group, points: Sequence[Point], 
     looks = looks_of(group)
     panels = [_accuracies(points, looks, SHOWN[what], what) for what in shown]
     panels.insert(1, _accuracies(points, looks, "the same, over the speedup", "accuracy", over_speedup=True))
-    seeds = max(point.n + point.diverged for point in points)
-    of = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
-    subtitle = f"{group.title}, whole test set: {_epochs(group)}, {of}"
+    subtitle = f"{group.title}, whole test set: {_epochs(group)}, {_seeds(points)}"
     return _draw(stem, panels, heading, subtitle)
 
 
 def _epochs(group: Group) -> str:
     return f"{max(recipe.settings.epochs for recipe in group.recipes)} epochs with each force"
+
+
+def _seeds(points: Sequence[Point]) -> str:
+    tried = {point.n + point.diverged for point in points}
+    least, most = min(tried), max(tried)
+    if most == 1:
+        return "one seed"
+    return f"means of {least} to {most} seeds" if least < most else f"means of {most} seeds"
 
 
 def looks_of(group: Group) -> dict[str, figures.Look]:

@@ -39,12 +39,16 @@ RANDOM = "random"
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run: it takes the weights of the run `start` of its group, RANDOM ones, or those of its group."""
+    """One run, from so many seeds at most.
+
+    It takes the weights of the run `start` of its group, RANDOM ones, or those of its group.
+    """
 
     name: str
     settings: Settings
     start: str | None = None
     fine_tune: Settings | None = None
+    seeds: int = 3
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,6 @@ class Group:
     cuts: tuple[float | str, ...]
     weights: str | None = None
     weights_from: str = "where they are published"
-    seeds: int = 3
     norms: tuple[str, ...] = ()
 
     @property
@@ -117,13 +120,12 @@ def _naming(name: str) -> Iterator[None]:
 def _group(name: str, told: dict[str, Any]) -> Group:
     told = dict(_typed(told, dict, "a group"))
     more = {key: _typed(told.pop(key), str, key) for key in ("weights", "weights_from") if key in told}
-    if "seeds" in told:
-        more["seeds"] = _typed(told.pop("seeds"), int, "seeds")
+    seeds = told.pop("seeds", Recipe.seeds)
     title = _typed(_taken(told, "title"), str, "title")
     lists = {key: tuple(_typed(told.pop(key, []), list, key)) for key in ("shown", "norms")}
     cuts, lines = (_typed(_taken(told, key), list, key) for key in ("cuts", "runs"))
     tuning = _typed(told.pop("fine_tune"), dict, "fine_tune") if "fine_tune" in told else None
-    recipes = tuple(_recipe(line, told, tuning) for line in lines)
+    recipes = tuple(_recipe({"seeds": seeds, **_typed(line, dict, "a run")}, told, tuning) for line in lines)
     group = Group(name=name, title=title, recipes=recipes, cuts=tuple(cuts), **lists, **more)
     _check(group)
     return group
@@ -143,18 +145,18 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
 
 
 def _recipe(line: dict[str, Any], shared: dict[str, Any], tuning: dict[str, Any] | None) -> Recipe:
-    line = dict(_typed(line, dict, "a run"))
     name = _typed(_taken(line, "name"), str, "name")
     start = line.pop("start", None)
     with _naming(f"run {name!r}"):
+        seeds = _typed(line.pop("seeds"), int, "seeds")
         if foreign := [key for key in NETWORK if key in line]:
             raise ValueError(f"{foreign[0]} is the group's: make another group")
         settings = _settings({**shared, **line})
         if tuning is None:
-            return Recipe(name, settings, start)
+            return Recipe(name, settings, start, seeds=seeds)
         kept = {k: v for k, v in {**shared, **line}.items() if k not in (*FORCE, *COURSE)}
         with _naming("fine_tune"):
-            return Recipe(name, settings, start, _settings({**kept, **tuning}))
+            return Recipe(name, settings, start, _settings({**kept, **tuning}), seeds)
 
 
 def _settings(told: dict[str, Any]) -> Settings:
@@ -195,6 +197,8 @@ def _check(group: Group) -> None:
     for place, recipe in enumerate(group.recipes):
         if recipe.start not in (None, RANDOM, *names[:place]):
             raise ValueError(f"run {recipe.name!r} starts from {recipe.start!r}: no run above is called so")
+        if recipe.seeds < 1:
+            raise ValueError(f"run {recipe.name!r} has {recipe.seeds} seeds: it needs at least one")
         if recipe.settings.epochs == 0 and (recipe.start == RANDOM or not (recipe.start or group.weights)):
             raise ValueError(f"run {recipe.name!r} has no epochs: random weights are no network to cut")
 

@@ -160,8 +160,9 @@ def _outcomes(known: Sequence[Group], chosen: Sequence[Group], seeds: int, outpu
     jobs = [
         Job(group, recipe, seed, output.runs)
         for group in known
-        for seed in range(min(seeds, group.seeds))
+        for seed in range(seeds)
         for recipe in group.recipes
+        if seed < recipe.seeds
     ]
     wanted = [job for job in jobs if job.group in chosen or job.outcomes.exists()]
     return [outcome for found in _each(wanted, cuts.measure, output) for outcome in found]
