@@ -195,7 +195,7 @@ def _draw(ax: Axes, panel: Panel) -> None:
             curve.y,
             color=look.color,
             linestyle=look.style,
-            linewidth=2 * look.width if curve.strong else look.width,
+            linewidth=4 if curve.strong else look.width,
             marker=look.marker,
             markersize=4,
             label=curve.label,
