@@ -17,7 +17,11 @@ import pytest
 from efreg.kernels import launch
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGETS = [("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)]
+TARGETS = [
+    pytest.param(("cuda", 80, 32), marks=pytest.mark.slow),
+    ("cuda", 90, 32),
+    ("hip", "gfx942", 64),
+]
 SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 # Both values of every flag, but not each with each of another: no two decide about the same lines.
@@ -112,28 +116,19 @@ def target(request):
 
 
 @pytest.fixture(scope="module")
-def compilers(tmp_path_factory):
-    """A process for each target that compiles all kernels anew; they run side by side."""
+def compiled(target, tmp_path_factory):
+    """What compile_all yields for a target, in a process of its own and anew."""
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    cache = str(tmp_path_factory.mktemp("triton"))
-    environment = {**os.environ, "PYTHONPATH": paths, "TRITON_CACHE_DIR": cache}
-    environment.pop("TRITON_INTERPRET", None)
-    pipes = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    running = {
-        target: subprocess.Popen([sys.executable, __file__, json.dumps(target)], **pipes)
-        for target in TARGETS
+    environment = {
+        **os.environ,
+        "PYTHONPATH": paths,
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
     }
-    yield running
-    for process in running.values():
-        process.kill()
-
-
-@pytest.fixture(scope="module")
-def compiled(target, compilers):
-    """What compile_all yields for a target."""
-    written, errors = compilers[target].communicate(timeout=280)
-    assert compilers[target].returncode == 0, errors
-    return json.loads(written)
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, __file__, json.dumps(target)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def pick(kernels, name, dtype):
