@@ -37,3 +37,18 @@ def torch_pruning_regularizer(model, example_inputs):
 def compiled(function):
     """`torch.compile` of a peer, the lists' lengths and shapes fixed."""
     return torch.no_grad()(torch.compile(function, dynamic=False))
+
+
+def torch_pruning_half(model, example_inputs):
+    """Half of every group by Torch-Pruning as its manual has it: magnitudes, the classifier left alone."""
+    import torch_pruning as tp
+
+    classifiers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    pruner = tp.pruner.MagnitudePruner(
+        model,
+        example_inputs,
+        importance=tp.importance.GroupMagnitudeImportance(p=1),
+        pruning_ratio=0.5,
+        ignored_layers=classifiers[-1:],
+    )
+    pruner.step()

@@ -47,7 +47,7 @@ def test_host_on_the_whole_filter(alone):
     model = models.resnet56()
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    plan = efreg.plan(model, ratio=0.5, example_inputs=torch.randn(2, 3, 32, 32))
+    plan = efreg.plan(model, ratio=0.5, coupled=False, example_inputs=torch.randn(2, 3, 32, 32))
     call = hook(model, layers=plan, scope="filter", backend="triton")
     alone("host, charges kept, no launch", "triton", "ResNet-56, 27 layers, whole filters", call, rounds=2000)
 

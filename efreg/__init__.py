@@ -7,13 +7,18 @@ small = efreg.prune(model, plan, example_inputs=x)
 
 from efreg import schedules
 from efreg.attachment import Attachment, attach
+from efreg.groups import Group, Member
 from efreg.laws import L1, LAWS, Charges, Electrostatic, GroupLasso, Ladder, Law
 from efreg.native import BackendUnavailable
 from efreg.ops import measure, penalty
-from efreg.planning import Plan, plan
-from efreg.reporting import Report, macs, report
-from efreg.store import load, save
-from efreg.surgery import PruningError, prune, recalibrate
+from efreg.pruning.files import load, save
+from efreg.pruning.inspecting import Inspection, inspect
+from efreg.pruning.planning import plan
+from efreg.pruning.plans import Plan
+from efreg.pruning.recalibrating import recalibrate
+from efreg.pruning.removing import prune
+from efreg.pruning.reporting import Report, macs, report
+from efreg.pruning.running import PruningError
 
 __version__ = "0.1.0"
 
@@ -24,13 +29,17 @@ __all__ = [
     "BackendUnavailable",
     "Charges",
     "Electrostatic",
+    "Group",
     "GroupLasso",
+    "Inspection",
     "Ladder",
     "Law",
+    "Member",
     "Plan",
     "PruningError",
     "Report",
     "attach",
+    "inspect",
     "load",
     "macs",
     "measure",

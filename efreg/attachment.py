@@ -12,12 +12,12 @@ from torch.optim import Optimizer
 
 from efreg import stepping
 from efreg.backends import Backend, select
+from efreg.groups import unwrap
 from efreg.laws import Alpha, Charges, Factor, Law, resolve, strength_at
 from efreg.layers import Layer, check_module, find_layers
 from efreg.reference import accumulator
 from efreg.sending import capturing
 from efreg.table import Rows, by_device_and_dtype
-from efreg.wrapping import unwrap
 
 logger = logging.getLogger("efreg")
 
@@ -461,7 +461,7 @@ class Attachment:
         gone, strange = [], []
         for layer in [layer for layer in self._layers if id(layer.weight) in owners]:
             there = {name: parameters[key] for name, (parameters, key) in layer.places().items()}
-            gone += [name for name in layer.others if name not in there]
+            gone += [name for name in layer.members if name not in there]
             strange += [n for n, p in there.items() if p.requires_grad and id(p) not in owners]
         self._report("these are no longer in the model, no force acts on them: %s", gone)
         self._report("the optimizer of their weight does not step these, no force acts on them: %s", strange)

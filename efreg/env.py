@@ -9,7 +9,7 @@ import torch
 import efreg
 from efreg import backends, native
 
-PACKAGES = ("torch", "triton", "torch-pruning", "safetensors", "ninja", "torchvision")
+PACKAGES = ("torch", "triton", "safetensors", "ninja", "torchvision")
 
 
 def describe() -> str:

@@ -3,22 +3,20 @@
 import fnmatch
 import logging
 import weakref
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from efreg.planning import Plan
-from efreg.resizing import CONVOLUTIONS
-from efreg.wrapping import unwrap
+from efreg.groups import Group, unwrap
+from efreg.pruning.cutting import CONVOLUTIONS, TRANSPOSED
+from efreg.pruning.plans import Plan
 
 logger = logging.getLogger("efreg")
 
 SCOPES = ("weights", "filter")
 """What a force pulls: the layers' weights alone, or all that removal takes from a filter."""
 
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 SUPPORTED = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 
 
@@ -26,14 +24,14 @@ class Layer:
     """A module whose weight's filters are charges. It is held weakly and its weight looked up at each use.
 
     name: as in `model.named_modules()`; dim: along which the filters lie.
-    others: the qualified names of what else belongs to its filters in the model, along dim 0.
+    group: what belongs to its filters, where more than the weight is pulled.
     coefficient: [N], in force since the charges were last taken, None before that.
     steps: how many optimizer steps it has served since then.
     """
 
-    def __init__(self, name: str, model: nn.Module, others: Sequence[str] = ()):
+    def __init__(self, name: str, model: nn.Module, group: Group | None = None):
         module = model.get_submodule(name)
-        self.name, self.others = name, others
+        self.name, self.group = name, group
         self.dim = 1 if isinstance(module, TRANSPOSED) else 0
         self.coefficient: Tensor | None = None
         self.steps = 0
@@ -49,14 +47,22 @@ class Layer:
         return self._module()._parameters["weight"]
 
     def places(self) -> dict[str, tuple[dict, str]]:
-        """Where the others are found now, in their modules' dicts of parameters; not those that are gone."""
+        """Where the group's own parameters are found now, in their modules' dicts, by name; not the weight.
+
+        Those that are gone are not among them.
+        """
         found = {}
-        for name in self.others:
+        for name in self.members:
             path, _, key = name.rpartition(".")
             parameters = _parameters(self._model(), path)
             if parameters.get(key) is not None:
                 found[name] = (parameters, key)
         return found
+
+    @property
+    def members(self) -> list[str]:
+        """The names of what else belongs to the filters than the weight."""
+        return [name for name in self.group.own if name != f"{self.name}.weight"] if self.group else []
 
     @property
     def filters(self) -> int:
@@ -83,6 +89,7 @@ def find_layers(model: nn.Module, layers=None, scope: str = "weights") -> list[L
         names = [n for n, m in model.named_modules() if isinstance(m, CONVOLUTIONS) and m.groups == 1]
     elif isinstance(layers, Plan):
         layers.check(model)
+        _require_alone(layers)
         names = list(layers)
     else:
         chosen = [layers] if isinstance(layers, (str, nn.Module)) else layers
@@ -95,16 +102,15 @@ def find_layers(model: nn.Module, layers=None, scope: str = "weights") -> list[L
     modules = dict(model.named_modules())
     for name in names:
         check_module(modules[name], name)
-    members = _members(model, layers, scope)
+    groups = _groups(model, layers, scope)
     found: dict[int, Layer] = {}
     for name in names:
-        others = [member for member in members.get(name, ()) if member != f"{name}.weight"]
-        found.setdefault(id(modules[name].weight), Layer(name, model, others))
+        found.setdefault(id(modules[name].weight), Layer(name, model, groups.get(name)))
     return list(found.values())
 
 
-def _members(model: nn.Module, layers, scope: str) -> dict[str, tuple[str, ...]]:
-    """What belongs to the filters of each layer in this scope."""
+def _groups(model: nn.Module, layers, scope: str) -> dict[str, Group]:
+    """What belongs to the filters of each layer in this scope, where that is more than the weight."""
     if scope not in SCOPES:
         raise ValueError(f"unknown scope {scope!r}: there are {', '.join(SCOPES)}")
     if scope == "weights":
@@ -115,12 +121,32 @@ def _members(model: nn.Module, layers, scope: str) -> dict[str, tuple[str, ...]]
             "plan = efreg.plan(model, ..., example_inputs=x)"
         )
     layers.check_members(model)
-    for layer in layers.layers:
-        if layer.own.remark:
+    for cut in layers.cuts:
+        shared = dict.fromkeys(member.module for member in cut.group.of("carries") if not member.whole)
+        if shared:
             logger.warning(
-                "scope='filter' pulls %s alone: %s", ", ".join(layer.own.members), layer.own.remark
+                "scope='filter' pulls %s alone: %s is not channel by channel its own",
+                ", ".join(cut.group.own),
+                ", ".join(map(repr, shared)),
             )
-    return layers.members
+    return {cut.name: cut.group for cut in layers.cuts}
+
+
+def _require_alone(plan: Plan) -> None:
+    """Raises ValueError for a plan with groups that are more than the rows of one layer's weight."""
+    for cut in plan.cuts:
+        writers = cut.group.of("writes")
+        if len(writers) > 1:
+            others = ", ".join(map(repr, cut.group.writers[1:4]))
+            raise ValueError(
+                f"the plan couples layers: with the filters of {cut.name!r} go those of {others}, and a "
+                "force pulls one layer's so far. Make the plan with efreg.plan(..., coupled=False)"
+            )
+        if not writers[0].whole:
+            raise ValueError(
+                f"the plan's group {cut.name!r} is a part of the filters of {writers[0].module!r}, and a "
+                "force pulls whole layers so far. Make the plan with efreg.plan(..., coupled=False)"
+            )
 
 
 def _matches(model: nn.Module, choice: str | nn.Module) -> list[str]:

@@ -223,7 +223,7 @@ def test_only_the_layers_named_are_pulled(net):
 
 
 def test_a_plan_names_the_layers_that_it_prunes(net):
-    plan = efreg.plan(net, ratio=0.5, example_inputs=batch())
+    plan = efreg.plan(net, ratio=0.5, coupled=False, example_inputs=batch())
     assert efreg.attach(net, ALPHA, layers=plan).layers == list(plan) == ["2"]
 
 
@@ -547,7 +547,7 @@ def refusals():
     old_style = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(1, 2, 3)))
     meta = nn.Sequential(nn.Conv2d(1, 2, 3, device="meta"))
     plain = small_net()
-    plan = efreg.plan(plain, ratio=0.5, example_inputs=batch())
+    plan = efreg.plan(plain, ratio=0.5, coupled=False, example_inputs=batch())
     return [
         (ValueError, "alpha.*-1", plain, {"alpha": -1.0}),
         (ValueError, "alpha.*nan", plain, {"alpha": math.nan}),

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from console import assert_refused, files
 from disk import full_disk
 
 import efreg
 from efreg import cli
 from efreg.lab import checkpoints, engine, models, training
 
-COMMANDS = ["demo", "train", "prune", "sweep", "report", "paper", "env"]
+COMMANDS = ["inspect", "plan", "prune", "report", "train", "sweep", "demo", "paper", "env"]
 
 
 @pytest.fixture(autouse=True)
@@ -33,23 +34,6 @@ def trained(tmp_path_factory):
     line = "train --model resnet14 --alpha 1e-11 --epochs 1 --device cpu --out"
     assert cli.main([*line.split(), str(out)]) == 0
     return out
-
-
-def files(folder):
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-
-
-def assert_refused(capsys, arguments, *parts):
-    """Status 2 and one line on stderr that holds the parts."""
-    try:
-        status = cli.main([str(argument) for argument in arguments])
-    except SystemExit as error:
-        status = error.code
-    printed = capsys.readouterr().err
-    assert status == 2
-    assert re.fullmatch(r"efreg: error: [^\n]+\n", printed), printed
-    for part in parts:
-        assert str(part) in printed
 
 
 @pytest.mark.parametrize(
@@ -133,9 +117,9 @@ def test_checkpoints_that_are_none(reading, trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ("", ["one of ratios, ratio, speedup and dead"]),
-        ("--dead --ratio 0.5", ["one of ratios, ratio, speedup and dead"]),
-        ("--ratio 0.5 --speedup 2", ["one of ratios, ratio, speedup and dead"]),
+        ("", ["one of ratios, ratio, speedup (or params) and dead"]),
+        ("--dead --ratio 0.5", ["one of ratios, ratio, speedup (or params) and dead"]),
+        ("--ratio 0.5 --speedup 2", ["one of ratios, ratio, speedup (or params) and dead"]),
         ("--ratio 1", ["ratio 1 is outside [0, 1)"]),
         ("--ratios '[0, 0.5, 0]'", ["3 ratios for ResNet, which takes 5"]),
         ("--ratios '[0.5, 0.5, 0.5, 0.5, 0]'", ["first convolution", "must be 0"]),
@@ -367,6 +351,26 @@ def test_prune_removes_what_was_asked(arguments, left, trained):
     assert [small.get_submodule(f"layer{s}.0.conv1").out_channels for s in (1, 2, 3)] == left
 
 
+def test_a_checkpoint_is_inspected_and_planned_too(trained, tmp_path, capsys):
+    """Its ratios are the papers': each block's first convolution alone. A saved plan is followed to the same bits."""
+    checkpoint = str(trained / "checkpoint.pt")
+    assert cli.main(["inspect", checkpoint]) == 0
+    assert capsys.readouterr().out.startswith("Inspection(ResNet: ")
+    assert cli.main(["plan", checkpoint, "--ratio", "0.5", "--out", "plan.json"]) == 0
+    names = [f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in (0, 1)]
+    assert list(efreg.Plan.load("plan.json")) == names
+    assert cli.main(["prune", checkpoint, "--plan", "plan.json", "--out", "one.safetensors"]) == 0
+    assert cli.main(["prune", checkpoint, "--ratio", "0.5", "--out", "other.safetensors"]) == 0
+    assert files(tmp_path) == ["one.safetensors", "other.safetensors", "plan.json"]
+    assert Path("one.safetensors").read_bytes() == Path("other.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("option", ["--weights w.pt", "--input 1x8x8"])
+def test_a_checkpoint_brings_all_along(option, trained, capsys):
+    arguments = ["inspect", trained / "checkpoint.pt", *option.split()]
+    assert_refused(capsys, arguments, "drop --weights and --input")
+
+
 def test_prune_to_a_speedup(trained, capsys):
     assert (
         cli.main(["prune", str(trained / "checkpoint.pt"), "--speedup", "3", "--out", "small.safetensors"])
@@ -415,9 +419,7 @@ def test_without_the_lab_it_says_how_to_get_it(command, capsys, monkeypatch, tmp
     find = importlib.util.find_spec
     gone = ("sklearn", "tensorboard")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name in gone else find(name))
-    more = {"prune": ["x.pt"], "sweep": ["x.pt"], "report": ["x.pt", "y"], "paper": ["forces"]}.get(
-        command, []
-    )
+    more = {"report": ["x.pt", "y"], "paper": ["forces"], "train": [], "demo": []}.get(command, ["x.pt"])
     assert_refused(
         capsys, [command, *more], f"{command} needs sklearn, tensorboard", 'pip install "efreg[lab]"'
     )

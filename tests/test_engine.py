@@ -183,7 +183,7 @@ def test_the_log_counts_dead_filters_and_the_macs_without_them():
     rows = list(run.epochs())
     example = torch.randn(2, 1, 8, 8)
     dead = efreg.plan(run.model, dead=True, example_inputs=example)
-    assert rows[-1]["dead"] == sum(layer.removed for layer in dead.layers) > 20
+    assert rows[-1]["dead"] == sum(cut.removed for cut in dead.cuts) > 20
     small = efreg.prune(run.model, dead, example_inputs=example)
     assert rows[-1]["macs"] == efreg.macs(small, example[:1]) < efreg.macs(run.model, example[:1])
     assert rows[0]["dead"] <= rows[-1]["dead"] and rows[0]["macs"] >= rows[-1]["macs"]
@@ -193,10 +193,14 @@ def test_the_log_counts_dead_filters_and_the_macs_without_them():
 def test_dead_filters_that_cannot_be_removed_do_not_end_a_training(monkeypatch, caplog):
     """The log keeps the last count, and says so."""
 
-    def refuse(*_, **__):
-        raise efreg.PruningError("no")
+    plan = efreg.plan
 
-    monkeypatch.setattr(efreg, "prune", refuse)
+    def refuse(*arguments, dead=False, **options):
+        if dead:
+            raise efreg.PruningError("no")
+        return plan(*arguments, **options)
+
+    monkeypatch.setattr(efreg, "plan", refuse)
     rows = list(engine.Run(settings(**LADDER)).epochs())
     assert {row["dead"] for row in rows} == {0}
     assert "dead filters and MACs are shown as they were before: no" in caplog.messages
@@ -733,7 +737,7 @@ def test_a_pruned_network_is_trained_on(narrow, tmp_path):
     chosen = settings(weights=str(path), alpha=1e-9, ratio="0.5")
     expected = engine.Run(chosen)
     assert equal(expected.model.state_dict(), small.state_dict())
-    assert [m.removed for m in expected.plan.layers if m.removed] == [4, 4, 12, 12, 8, 8]
+    assert [cut.removed for cut in expected.plan.cuts] == [4, 4, 12, 12, 8, 8]
     list(expected.epochs())
     assert not equal(expected.model.state_dict(), small.state_dict())
     first = engine.Run(chosen)

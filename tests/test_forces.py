@@ -73,7 +73,7 @@ def test_a_row_is_what_a_run_by_hand_gives(studied):
     list(trained.epochs())
     results = {(r.alpha, r.seed, r.ratio): r for r in forces.read(out / "forces-tiny.csv")}
     for ratio in (0.0, 0.5):
-        plan = efreg.plan(trained.model, ratio=ratio, example_inputs=torch.zeros(2, 1, 8, 8))
+        plan = efreg.plan(trained.model, ratio=ratio, coupled=False, example_inputs=torch.zeros(2, 1, 8, 8))
         small = efreg.prune(trained.model, plan, example_inputs=torch.zeros(2, 1, 8, 8))
         row = results[0.1, 1, ratio]
         assert row.accuracy == engine.evaluate(small, data.load("digits").test)[1]
@@ -82,7 +82,7 @@ def test_a_row_is_what_a_run_by_hand_gives(studied):
         efreg.recalibrate(small, islice(trained.data.train.epoch(250, 0, 0), sweep.STATISTICS_BATCHES))
         assert row.recalibrated == engine.evaluate(small, data.load("digits").test)[1]
         dead = efreg.plan(trained.model, dead=True, example_inputs=torch.zeros(2, 1, 8, 8))
-        assert row.dead == sum(layer.removed for layer in dead.layers)
+        assert row.dead == sum(cut.removed for cut in dead.cuts)
         alive = efreg.prune(trained.model, dead, example_inputs=torch.zeros(2, 1, 8, 8))
         assert row.macs_without == efreg.macs(alive, torch.zeros(1, 1, 8, 8))
     assert len(trained.data.test) == 40

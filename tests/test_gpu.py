@@ -1,4 +1,5 @@
-"""What a GPU must show: every backend against float64, the same bits a hundred times, no waiting, graphs.
+"""What a GPU must show: every backend against float64, the same bits a hundred times, no waiting, graphs; and
+networks planned, cut and proven there as on the CPU.
 
     TRITON_INTERPRET=0 pytest -n 0 -m gpu tests/test_gpu.py
 
@@ -13,12 +14,18 @@ import functools
 import math
 import os
 import time
+import warnings
 
 import numpy as np
 import oracle
 import pytest
+import small_networks
 import torch
+from small_networks import head
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 
 import efreg
 from efreg import backends
@@ -441,3 +448,292 @@ def test_nothing_is_compiled_after_the_first_step(name):
             compiled = [len(launcher._compiled) for launcher in (force._charge, force._shrink)]
             kernels = kernels or compiled
             assert compiled == kernels
+
+
+class Heads(nn.Module):
+    """Attention of one's own behind a linear layer, with a bias for each head where there is a `length`."""
+
+    def __init__(self, length=None, dtype=None, **options):
+        super().__init__()
+        self.before, self.q, self.k, self.v = nn.Linear(8, 32), *(nn.Linear(32, 32) for _ in range(3))
+        self.out, self.heads, self.dtype, self.options = nn.Linear(32, 5), 4, dtype, options
+        self.register_buffer("bias", None if length is None else torch.randn(1, 4, length, length))
+
+    def forward(self, x):
+        x = self.before(x).relu()
+        dtype = self.dtype or x.dtype
+        q, k, v = (
+            f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2).to(dtype) for f in (self.q, self.k, self.v)
+        )
+        bias = None if self.bias is None else self.bias.to(dtype)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, **self.options)
+        return self.out(y.transpose(1, 2).flatten(2).to(x.dtype))
+
+
+class Cell(nn.Module):
+    """A cell that takes two steps from a state that layers of their own write."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.input, self.h, self.c = nn.Linear(8, 16), nn.Linear(8, 12), nn.Linear(8, 12)
+        self.cell, self.out = cell(16, 12), nn.Linear(12, 5)
+
+    def forward(self, x):
+        state, x = (self.h(x), self.c(x)), self.input(x).relu()
+        for _ in range(2):
+            if isinstance(self.cell, nn.LSTMCell):
+                state = self.cell(x, state)
+            else:
+                state = self.cell(x, state[0]), state[1]
+        return self.out(state[0])
+
+
+def vision():
+    """torchvision's networks, made small."""
+    models = pytest.importorskip("torchvision.models")
+    from torchvision.models import efficientnet, regnet, resnet
+
+    inverted = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 1, 2]]
+    scaled = [efficientnet.MBConvConfig(4, 3, 2, c, 16, 2) for c in (32, 16)]
+    stages = regnet.BlockParams.from_init_params(
+        depth=6, w_0=16, w_a=12.0, w_m=2.0, group_width=8, se_ratio=0.25
+    )
+    return {
+        "resnet": lambda: models.ResNet(resnet.BasicBlock, [1, 2, 1, 1], num_classes=10),
+        "mobilenet_v2": lambda: models.MobileNetV2(10, 0.5, inverted),
+        "efficientnet": lambda: models.EfficientNet(scaled, 0.2, num_classes=10),
+        "regnet": lambda: models.RegNet(stages, num_classes=10, stem_width=16),
+    }
+
+
+OWN = {
+    "heads": (Heads, (2, 5, 8)),
+    "heads_causal": (lambda: Heads(is_causal=True), (2, 5, 8)),
+    "heads_scale": (lambda: Heads(scale=0.3), (2, 5, 8)),
+    "heads_bias": (lambda: Heads(5), (2, 5, 8)),
+    "heads_bias_aligned": (lambda: Heads(16), (2, 16, 8)),
+    "lstm_cell": (lambda: Cell(nn.LSTMCell), (3, 8)),
+    "gru_cell": (lambda: Cell(nn.GRUCell), (3, 8)),
+    "rnn_cell": (lambda: Cell(nn.RNNCell), (3, 8)),
+    "rms_norm": (
+        lambda: nn.Sequential(
+            nn.Linear(8, 16), nn.RMSNorm(16), nn.Linear(16, 24), nn.SiLU(), nn.Linear(24, 5)
+        ),
+        (3, 8),
+    ),
+}
+VISION = ["resnet", "mobilenet_v2", "efficientnet", "regnet"]
+OTHERS = (
+    "returns",
+    "scripted",
+    "fourier",
+    "graph",
+)  # complex weights stay float32, the graph's edges on the CPU
+SMALL = [name for name in small_networks.NETWORKS if not name.startswith(OTHERS)]
+
+
+def network(name):
+    """A network and its inputs, on the CPU; whatever its numbers agree on is random."""
+    if name in VISION:
+        model, shapes = vision()[name](), [(2, 3, 32, 32)]
+    elif name in OWN:
+        model, shapes = OWN[name][0](), [OWN[name][1]]
+    else:
+        kind = small_networks.NETWORKS[name]
+        model, shapes = kind.build(), kind.inputs
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point() and tensor.numel() > 1 and tensor.min() == tensor.max():
+                tensor.uniform_(0.5, 1.5)
+    return model, tuple(map(torch.randn, shapes))
+
+
+def held(model, inputs, *, tolerance=1e-9, **how):
+    """Half of every group goes: the same units as on the CPU, and what is left is the same function.
+
+    tolerance: of the largest output; float64 rounds to 1e-16, and random weights enlarge that.
+    """
+    here, there = copy.deepcopy(model), copy.deepcopy(model).to(DEVICE)
+    x_here, x_there = inputs, tuple(x.to(DEVICE) for x in inputs)
+    expected = efreg.plan(here, ratio=0.5, example_inputs=x_here, **how)
+    plan = efreg.plan(there, ratio=0.5, example_inputs=x_there, **how)
+    assert plan.cuts == expected.cuts
+    assert [(c.group.writers, c.group.readers) for c in plan.cuts] == [
+        (c.group.writers, c.group.readers) for c in expected.cuts
+    ]
+    assert plan.parameters == expected.parameters
+    assert [x.group for x in plan.left_out] == [x.group for x in expected.left_out]
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    assert plan.macs == expected.macs or recurrent  # one operation for cuDNN, which nobody looks into
+    here = efreg.prune(here, plan, example_inputs=x_here)
+    there = efreg.prune(there, plan, example_inputs=x_there)
+    assert {p.device.type for p in there.parameters()} == {DEVICE.type}
+    state = here.state_dict()
+    assert there.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor.cpu(), state[name]) for name, tensor in there.state_dict().items())
+    outputs = [
+        tree_leaves(copy.deepcopy(net).double().eval()(*(x.double() for x in given)))
+        for net, given in ((here, x_here), (there, x_there))
+    ]
+    for y, z in zip(*outputs, strict=True):
+        torch.testing.assert_close(z.cpu(), y, rtol=0, atol=tolerance * y.abs().max().item())
+    return there, x_there, plan
+
+
+def trained(model, inputs):
+    """One step of SGD."""
+    outputs = [y for y in tree_leaves(model.train()(*inputs)) if y.is_floating_point()]
+    sum(y.float().square().mean() for y in outputs).backward()
+    torch.optim.SGD(model.parameters(), lr=1e-3).step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", [*SMALL, *VISION, *OWN])
+def test_networks_are_pruned_as_on_the_cpu(name):
+    model, inputs = network(name)
+    tolerance = eps(torch.float32) if name == "weight_norm" else 1e-9  # on a GPU it takes roots in float32
+    pruned, inputs, _ = held(model, inputs, tolerance=tolerance)
+    trained(pruned, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [*VISION, "unet_group", "crnn_lstm", "crnn_gru", "encoder_layer", "heads"])
+def test_networks_in_half_and_channels_last(name, dtype):
+    model, inputs = network(name)
+    model = model.to(dtype, memory_format=torch.channels_last)
+    pruned, inputs, _ = held(model, tuple(x.to(dtype) for x in inputs))
+    for parameter in pruned.parameters():
+        assert parameter.dtype == dtype
+        assert parameter.ndim != 4 or parameter.is_contiguous(memory_format=torch.channels_last)
+    trained(pruned, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["crnn_lstm", "crnn_gru", "crnn_rnn"])
+def test_recurrent_weights_stay_in_one_piece(name, dtype):
+    """cuDNN warns where they are not, and copies them at every call."""
+    model, inputs = network(name)
+    model, inputs = model.to(DEVICE, dtype), tuple(x.to(DEVICE, dtype) for x in inputs)
+    with warnings.catch_warnings(action="error"):
+        plan = efreg.plan(model, ratio=0.5, example_inputs=inputs)
+        assert "recurrent" in plan.cuts[-1].group.readers
+        efreg.prune(model, plan, example_inputs=inputs)(*inputs)
+
+
+@only_on_a_gpu
+@pytest.mark.parametrize(
+    "kernel", [k for k in SDPBackend.__members__.values() if k.name.endswith("ION")], ids=str
+)
+def test_every_kernel_of_attention_is_known(kernel):
+    """The same groups whichever computes it; half-precision for those that want it."""
+    dtype = torch.float32 if kernel is SDPBackend.EFFICIENT_ATTENTION else torch.bfloat16
+    model, x = Heads(dtype=dtype), torch.randn(2, 64, 8)
+    expected = efreg.inspect(model, x)
+    with sdpa_kernel(kernel):
+        found = efreg.inspect(model.to(DEVICE), x.to(DEVICE))
+    assert [(g.name, g.size, g.writers, g.readers) for g in found.groups] == [
+        (g.name, g.size, g.writers, g.readers) for g in expected.groups
+    ]
+
+
+@pytest.mark.parametrize(
+    "options", [{"fused": True}, {"foreach": True}, {"fused": True, "amsgrad": True}], ids=str
+)
+def test_a_fused_optimizer_moves_and_steps_on(options):
+    """Its moments are those of what stays; the next step is that of a plain AdamW in float64."""
+    model, inputs = network("resnet")
+    model, inputs = model.to(DEVICE), tuple(x.to(DEVICE) for x in inputs)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, **options)
+    for _ in range(3):
+        optimizer.zero_grad()
+        training(model, optimizer, inputs[0])
+    plan = efreg.plan(model, ratio=0.5, example_inputs=inputs)
+    cut = next(cut for cut in plan.cuts if cut.name == "layer1.0.conv1")
+    gone = plan.filters(model)[cut.name]
+    stays = torch.tensor([n for n in range(cut.group.size) if n not in gone], device=DEVICE)
+    moments = {
+        (name, key): optimizer.state[model.get_parameter(name)][key].index_select(axis, stays)
+        for name, axis in (
+            ("layer1.0.conv1.weight", 0),
+            ("layer1.0.bn1.bias", 0),
+            ("layer1.0.conv2.weight", 1),
+        )
+        for key in ("exp_avg", "exp_avg_sq")
+    }
+    pruned = efreg.prune(model, plan, example_inputs=inputs, optimizer=optimizer)
+    for (name, key), moment in moments.items():
+        found = optimizer.state[pruned.get_parameter(name)][key]
+        if "conv" in name:  # channels on the other axis are cut, too
+            assert set(found.flatten().tolist()) <= set(moment.flatten().tolist())
+        else:
+            assert torch.equal(found, moment)
+    twin = copy.deepcopy(pruned).cpu().double()
+    plain = torch.optim.AdamW(
+        twin.parameters(), lr=1e-3, foreach=False, amsgrad=options.get("amsgrad", False)
+    )
+    state = copy.deepcopy(optimizer.state_dict())
+    plain.load_state_dict(state | {"param_groups": plain.state_dict()["param_groups"]})
+    optimizer.zero_grad()
+    pruned.train()(*inputs).square().mean().backward()
+    for p, q in zip(pruned.parameters(), twin.parameters(), strict=True):
+        q.grad = exactly(p.grad)
+    optimizer.step()
+    plain.step()
+    for p, q in zip(pruned.parameters(), twin.parameters(), strict=True):
+        # A step is at most lr / √(1 − β₂) long; a dozen roundings lie in it and one in the sum.
+        torch.testing.assert_close(
+            exactly(p), q.detach(), rtol=eps(p.dtype), atol=1e-3 / 0.03 * 12 * eps(p.dtype)
+        )
+
+
+@pytest.mark.parametrize("name", ["resnet", "crnn_lstm", "heads"])
+def test_the_callers_settings_do_not_matter_and_stay(name):
+    """TF32, cuDNN's search among algorithms and autocast."""
+    model, inputs = network(name)
+    model, inputs = model.to(DEVICE), tuple(x.to(DEVICE) for x in inputs)
+    plan = efreg.plan(model, ratio=0.5, example_inputs=inputs)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            with torch.autocast(DEVICE.type, torch.bfloat16):
+                assert efreg.plan(model, ratio=0.5, example_inputs=inputs).cuts == plan.cuts
+                pruned = efreg.prune(model, plan, example_inputs=inputs)
+            assert torch.backends.cuda.matmul.allow_tf32
+            assert torch.backends.cudnn.allow_tf32
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = False
+    trained(pruned, inputs)
+
+
+@only_on_a_gpu
+def test_a_network_on_two_devices():
+    """Every tensor stays where it was; half of both parts goes."""
+    model, (x,) = network("conv1d")
+    model = nn.Sequential(*model[:4].to(DEVICE), small_networks.Function(lambda x: x.cpu()), *model[4:])
+    plan = efreg.plan(model, ratio=0.5, example_inputs=x.to(DEVICE))
+    assert [cut.removed for cut in plan.cuts] == [8, 16]
+    pruned = efreg.prune(model, plan, example_inputs=x.to(DEVICE))
+    assert [p.device.type for p in pruned.parameters()] == [p.device.type for p in model.parameters()]
+    trained(pruned, [x.to(DEVICE)])
+
+
+@only_on_a_gpu
+def test_inputs_on_another_device_are_named():
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), head(8)).to(DEVICE), torch.randn(2, 3, 8, 8)
+    with pytest.raises(ValueError, match="on cpu, with its parameters on cuda:0"):
+        efreg.plan(model, ratio=0.5, example_inputs=x)
+
+
+@pytest.mark.parametrize("name", ["resnet", "crnn_lstm", "encoder_layer"])
+def test_a_pruned_network_is_saved_and_loaded(name, tmp_path):
+    """From the GPU into a network of full size on the CPU, and back."""
+    model, inputs = network(name)
+    pruned, inputs, _ = held(model, inputs)
+    efreg.save(pruned, tmp_path / "pruned.safetensors")
+    for device in ("cpu", DEVICE):
+        loaded = efreg.load(copy.deepcopy(model).to(device), tmp_path / "pruned.safetensors")
+        state = pruned.state_dict()
+        assert loaded.state_dict().keys() == state.keys()
+        assert all(torch.equal(x.cpu(), state[n].cpu()) for n, x in loaded.state_dict().items())
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(*inputs), pruned.eval()(*inputs))

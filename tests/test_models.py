@@ -51,7 +51,7 @@ def test_depth_of_resnets(depth):
 def test_resnet14_on_digits():
     """224 filters to prune, and one channel of 8×8 pixels in."""
     model = models.resnet14(in_channels=1)
-    assert sum(x.filters for x in efreg.plan(model, [0, 0.5, 0.5, 0.5, 0]).layers) == 224
+    assert sum(cut.group.size for cut in efreg.plan(model, [0, 0.5, 0.5, 0.5, 0]).cuts) == 224
     assert model(torch.randn(2, 1, 8, 8)).shape == (2, 10)
 
 

@@ -31,7 +31,7 @@ def torchvision_model(name):
 
 
 def counts(plan):
-    return {layer.name: layer.removed for layer in plan.layers}
+    return {cut.name: cut.removed for cut in plan.cuts}
 
 
 class Chain(nn.Module):
@@ -151,9 +151,9 @@ def test_one_number_in_the_place_of_a_list(resnet):
         efreg.plan(resnet, 0.5)
 
 
-@pytest.mark.parametrize("skip", [["4.0"], ["1.3"], ["layer1.0"], "1.0 9.9", ["0.0"]])
+@pytest.mark.parametrize("skip", [["4.0"], ["1.3"], ["layer9.0"], "1.0 9.9", ["0.0"]])
 def test_unknown_block_to_skip(resnet, skip):
-    with pytest.raises(ValueError, match=r"skip names blocks that ResNet has not: .*; it has 1\.0, 1\.1"):
+    with pytest.raises(ValueError, match=r"skip names .*, which ResNet has not: .* blocks \(1\.0, 1\.1"):
         efreg.plan(resnet, [0, 0.5, 0.5, 0.5, 0], skip=skip)
 
 
@@ -181,7 +181,7 @@ def test_lazy_convolution_is_refused_by_name():
 
 @pytest.mark.parametrize("arguments", [{}, {"ratio": 0.5, "speedup": 2}, {"ratios": [0], "ratio": 0.5}])
 def test_exactly_one_request(resnet, arguments):
-    with pytest.raises(ValueError, match="one of ratios, ratio, speedup and dead"):
+    with pytest.raises(ValueError, match=r"one of ratios, ratio, speedup \(or params\) and dead"):
         efreg.plan(resnet, **arguments, example_inputs=torch.randn(CIFAR))
 
 
@@ -191,18 +191,20 @@ def test_exactly_one_request(resnet, arguments):
 @pytest.mark.parametrize("depth", [14, 20])
 def test_uniform_ratio_is_the_list_with_equal_entries(depth):
     model = getattr(models, f"resnet{depth}")()
-    assert efreg.plan(model, ratio=0.52, example_inputs=torch.randn(CIFAR)) == efreg.plan(
+    assert efreg.plan(model, ratio=0.52, coupled=False, example_inputs=torch.randn(CIFAR)) == efreg.plan(
         model, [0, 0.52, 0.52, 0.52, 0]
     )
 
 
 def test_uniform_ratio_covers_a_vgg_but_for_the_first():
     model = models.vgg19()
-    assert efreg.plan(model, ratio=0.65, example_inputs=torch.randn(CIFAR)) == efreg.plan(model, "1-15:0.65")
+    assert efreg.plan(model, ratio=0.65, coupled=False, example_inputs=torch.randn(CIFAR)) == efreg.plan(
+        model, "1-15:0.65"
+    )
 
 
 def test_uniform_ratio_skips_blocks(resnet):
-    uniform = efreg.plan(resnet, ratio=0.5, skip=["2.1"], example_inputs=torch.randn(CIFAR))
+    uniform = efreg.plan(resnet, ratio=0.5, skip=["2.1"], coupled=False, example_inputs=torch.randn(CIFAR))
     assert uniform == efreg.plan(resnet, [0, 0.5, 0.5, 0.5, 0], skip=["2.1"])
 
 
@@ -212,17 +214,18 @@ def test_uniform_ratio_skips_blocks(resnet):
         (nn.ReLU(), ["b", "c"]),
         (nn.Sequential(nn.BatchNorm2d(4), nn.PReLU(4), nn.MaxPool2d(2)), ["b", "c"]),
         (nn.Sequential(nn.Hardswish(), nn.AvgPool2d(2)), ["b", "c"]),
-        (nn.InstanceNorm2d(4), ["c"]),
-        (nn.GroupNorm(2, 4), ["c"]),
-        (nn.Sigmoid(), ["c"]),
+        (nn.Sequential(nn.InstanceNorm2d(4, affine=True), nn.Sigmoid()), ["b", "c"]),
+        (nn.GroupNorm(4, 4), ["b", "c"]),
+        (nn.GroupNorm(1, 4), ["c"]),
         (nn.Softmax(1), ["c"]),
-        (nn.ConvTranspose2d(4, 4, 1), ["c"]),
-        (nn.Conv2d(4, 4, 1, groups=4), ["c"]),
-        (nn.PixelShuffle(1), ["c"]),
+        (nn.ConvTranspose2d(4, 4, 1), ["b", "c"]),
+        (nn.Conv2d(4, 4, 1, groups=4), ["b", "c"]),
+        (nn.Sequential(nn.PixelUnshuffle(1), nn.PixelShuffle(1)), ["b", "c"]),
     ],
 )
-def test_uniform_ratio_covers_channelwise_paths_only(middle, covered):
-    plan = efreg.plan(Chain(middle), ratio=0.5, example_inputs=torch.randn(2, 3, 8, 8))
+def test_an_uncoupled_ratio_covers_what_one_layer_reads(middle, covered):
+    """Whatever lies between, where it hands each channel on; a norm or a softmax over channels keeps them."""
+    plan = efreg.plan(Chain(middle), ratio=0.5, coupled=False, example_inputs=torch.randn(2, 3, 8, 8))
     assert list(plan) == covered
 
 
@@ -232,7 +235,7 @@ def test_uniform_ratio_passes_frozen_parameters_and_no_grad(resnet):
     resnet.requires_grad_(False)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            assert efreg.plan(resnet, ratio=0.5, example_inputs=torch.randn(CIFAR)) == expected
+            assert efreg.plan(resnet, ratio=0.5, coupled=False, example_inputs=torch.randn(CIFAR)) == expected
 
 
 def test_outputs_of_the_network_are_not_covered():
@@ -241,22 +244,26 @@ def test_outputs_of_the_network_are_not_covered():
             features = self.b(self.a(x).relu()).relu()
             return features, self.fc(self.c(features).relu().mean((2, 3)))
 
-    assert list(efreg.plan(Net(), ratio=0.5, example_inputs=torch.randn(2, 3, 8, 8))) == ["c"]
+    assert list(efreg.plan(Net(), ratio=0.5, coupled=False, example_inputs=torch.randn(2, 3, 8, 8))) == ["c"]
 
 
-def test_a_reader_of_several_is_not_covered():
+def test_layers_with_one_reader_in_common_are_coupled():
     class Net(Chain):
         def forward(self, x):
             x = self.a(x).relu()
             return self.fc((self.c(self.b(x).relu()) + self.c(self.middle(x))).mean((2, 3)))
 
-    net = Net(nn.Conv2d(4, 4, 1))
-    with pytest.raises(ValueError, match="no convolution whose output reaches one layer"):
-        efreg.plan(net, ratio=0.5, example_inputs=torch.randn(2, 3, 8, 8))
+    plan = efreg.plan(
+        Net(nn.Conv2d(4, 4, 1)), ratio=0.5, coupled=False, example_inputs=torch.randn(2, 3, 8, 8)
+    )
+    assert list(plan) == ["c"]
 
 
 def test_no_layer_for_a_uniform_ratio():
-    with pytest.raises(ValueError, match="Sequential has no convolution whose output"):
+    with pytest.raises(
+        ValueError,
+        match="Sequential has no group of units that can go. Frozen are: .*an output of the network",
+    ):
         efreg.plan(nn.Sequential(nn.Conv2d(3, 4, 1)), ratio=0.5, example_inputs=torch.randn(1, 3, 4, 4))
 
 
@@ -269,12 +276,12 @@ def test_uniform_requests_need_example_inputs(resnet, arguments):
 @pytest.mark.parametrize("ratio", [1, 1.0, -0.5, 2, "a", float("inf")])
 def test_bad_uniform_ratio(resnet, ratio):
     with pytest.raises(ValueError, match="ratio"):
-        efreg.plan(resnet, ratio=ratio, example_inputs=torch.randn(CIFAR))
+        efreg.plan(resnet, ratio=ratio, coupled=False, example_inputs=torch.randn(CIFAR))
 
 
 def test_example_inputs_of_the_wrong_shape(resnet):
     with pytest.raises(ValueError, match=r"ResNet cannot take example_inputs of shape \(2, 1, 32, 32\)"):
-        efreg.plan(resnet, ratio=0.5, example_inputs=torch.randn(2, 1, 32, 32))
+        efreg.plan(resnet, ratio=0.5, coupled=False, example_inputs=torch.randn(2, 1, 32, 32))
 
 
 # A target speedup
@@ -297,21 +304,21 @@ def test_speedup_takes_the_smallest_ratio_of_four_decimals(resnet, speedup):
     full = by_hand(resnet, 0)
     steps = (s for s in range(10_000) if full / by_hand(resnet, s / 10_000) >= float(speedup))
     ratio = next(steps) / 10_000
-    assert efreg.plan(resnet, speedup=speedup, example_inputs=torch.randn(1, 3, 32, 32)) == efreg.plan(
-        resnet, [0, ratio, ratio, ratio, 0]
-    )
+    assert efreg.plan(
+        resnet, speedup=speedup, coupled=False, example_inputs=torch.randn(1, 3, 32, 32)
+    ) == efreg.plan(resnet, [0, ratio, ratio, ratio, 0])
 
 
 def test_speedup_out_of_reach_names_the_best(resnet):
     best = by_hand(resnet, 0) / by_hand(resnet, 0.9999)
     with pytest.raises(ValueError, match=f"speedup of 1000.0 is out of reach: .* {best:.3f} at most"):
-        efreg.plan(resnet, speedup=1000, example_inputs=torch.randn(1, 3, 32, 32))
+        efreg.plan(resnet, speedup=1000, coupled=False, example_inputs=torch.randn(1, 3, 32, 32))
 
 
 @pytest.mark.parametrize("speedup", [0.5, -1, "fast", float("nan"), float("inf")])
 def test_bad_speedup(resnet, speedup):
     with pytest.raises(ValueError, match="speedup"):
-        efreg.plan(resnet, speedup=speedup, example_inputs=torch.randn(CIFAR))
+        efreg.plan(resnet, speedup=speedup, coupled=False, example_inputs=torch.randn(CIFAR))
 
 
 # The plan itself
@@ -319,7 +326,7 @@ def test_bad_speedup(resnet, speedup):
 
 def test_filters_are_the_smallest_by_l1_norm(resnet):
     plan = efreg.plan(resnet, [0, 0.5, 0.5, 0.5, 0])
-    expected = {x.name: smallest(resnet.get_submodule(x.name).weight, x.removed) for x in plan.layers}
+    expected = {x.name: smallest(resnet.get_submodule(x.name).weight, x.removed) for x in plan.cuts}
     assert plan.filters(resnet) == expected
 
 
@@ -357,27 +364,29 @@ def test_plan_on_the_meta_device_ranks_nothing(vgg):
 def test_plan_of_another_model_is_refused_by_name(resnet):
     deeper = efreg.plan(models.resnet32(), [0, 0.5, 0.5, 0.5, 0])
     with pytest.raises(
-        ValueError, match=r"another model: 'layer1\.3\.conv1' had 16 .* here there is no such"
+        ValueError, match=r"another model: 'layer1\.3\.conv1\.weight' had 16 .* here there is none"
     ):
         deeper.check(resnet)
     plan = efreg.plan(resnet, [0, 0.5, 0.5, 0.5, 0])
     small = efreg.prune(resnet, plan, example_inputs=torch.randn(CIFAR))
-    with pytest.raises(ValueError, match=r"'layer1\.0\.conv1' had 16 filters there; here it has 8"):
+    with pytest.raises(ValueError, match=r"'layer1\.0\.conv1\.weight' had 16 filters there; here it has 8"):
         plan.filters(small)
 
 
 def test_plan_reads_well(resnet):
     plan = efreg.plan(resnet, [0, 0.5, 0, 0, 0])
-    assert repr(plan) == "Plan(3 layers lose 24 of 48 filters)"
-    assert str(plan).splitlines()[1:] == [f"layer1.{b}.conv1      8 of    16 filters" for b in range(3)]
+    assert repr(plan) == "Plan(3 groups lose 24 of 48 units)"
+    assert [line.split() for line in str(plan).splitlines()[2:]] == [
+        [f"layer1.{b}.conv1", "16", "8", f"layer1.{b}.conv1"] for b in range(3)
+    ]
     assert plan.names == tuple(plan)
     assert "layer1.0.conv1" in plan
 
 
 def test_a_layer_cannot_lose_everything():
-    layer = type(efreg.plan(models.resnet14(), [0, 0.5, 0, 0, 0]).layers[0])
+    cut = type(efreg.plan(models.resnet14(), [0, 0.5, 0, 0, 0]).cuts[0])
     with pytest.raises(ValueError, match="'conv' has 4 filters and cannot lose 4"):
-        layer("conv", 4, 4)
+        cut(efreg.Group("conv", 4, ()), 4)
 
 
 def test_wrapped_models(resnet):
@@ -394,7 +403,9 @@ def test_wrapped_models(resnet):
             torch.compile(distributed),
         ):
             assert efreg.plan(wrapped, [0, 0.5, 0.5, 0.5, 0]) == expected
-            assert efreg.plan(wrapped, ratio=0.5, example_inputs=torch.randn(CIFAR)) == expected
+            assert (
+                efreg.plan(wrapped, ratio=0.5, coupled=False, example_inputs=torch.randn(CIFAR)) == expected
+            )
             assert expected.filters(wrapped) == expected.filters(resnet)
     finally:
         torch.distributed.destroy_process_group()

@@ -29,7 +29,15 @@ def test_console_lines_are_understood():
     """Every `efreg` line in the README is one that the console script takes."""
     lines = re.findall(r"^    (efreg .*)$", README.read_text(), re.MULTILINE)
     commands = [shlex.split(line, comments=True)[1:] for line in lines]
-    assert {command[0] for command in commands} == {"train", "sweep", "prune", "report", "paper"}
+    assert {command[0] for command in commands} == {
+        "inspect",
+        "plan",
+        "prune",
+        "train",
+        "sweep",
+        "report",
+        "paper",
+    }
     for command in commands:
         cli._parser().parse_args(command)
 

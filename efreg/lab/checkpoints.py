@@ -151,5 +151,6 @@ def read(path: str | Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything
         raise ValueError(
-            f"{path} is damaged, or is no file of tensors ({type(error).__name__}): write it again"
+            f"{path} is damaged, or is no file of tensors alone ({type(error).__name__}): write it again, "
+            "weights with torch.save(model.state_dict(), path)"
         ) from error

@@ -137,7 +137,9 @@ def _attach(model: nn.Module, force: Contender, images: data.Data) -> efreg.Atta
     if force.options is None:
         return None
     example = next(images.test.batches(2))[0]
-    return efreg.attach(model, layers=efreg.plan(model, ratio=0.5, example_inputs=example), **force.options)
+    return efreg.attach(
+        model, layers=efreg.plan(model, ratio=0.5, coupled=False, example_inputs=example), **force.options
+    )
 
 
 def _step_times(start: nn.Module, settings: Settings, images: data.Data, bar) -> dict[str, float]:
@@ -184,7 +186,7 @@ def _save(folder: Path, networks: Mapping[str, nn.Module], images: data.Data) ->
     for name, network in networks.items():
         stem = name.replace(", ", "-").replace(" ", "-").lower()
         efreg.save(network, folder / f"{stem}.safetensors")
-        plan = efreg.plan(network, ratio=0.5, example_inputs=example)
+        plan = efreg.plan(network, ratio=0.5, coupled=False, example_inputs=example)
         efreg.save(efreg.prune(network, plan, example_inputs=example), folder / f"{stem}-half.safetensors")
 
 

@@ -193,7 +193,9 @@ def restore(checkpoint: Checkpoint) -> nn.Module:
 def plan(model: nn.Module, settings: Settings, example: Tensor) -> efreg.Plan:
     """The plan that the settings describe: at ratio 0.5 where they name neither a ratio nor a list."""
     ratio = 0.5 if settings.ratio is None and settings.ratios is None else settings.ratio
-    return efreg.plan(model, settings.ratios, ratio=ratio, skip=settings.skip, example_inputs=example)
+    return efreg.plan(
+        model, settings.ratios, ratio=ratio, coupled=False, skip=settings.skip, example_inputs=example
+    )
 
 
 def force_options(settings: Settings, steps: int) -> dict[str, Any]:
@@ -348,13 +350,12 @@ class _Remains:
         return self._counts
 
     def _count(self) -> tuple[int, int]:
-        dead = efreg.plan(self._model, dead=True, example_inputs=self._example)
         try:
-            small = efreg.prune(self._model, dead, example_inputs=self._example)
+            dead = efreg.plan(self._model, dead=True, example_inputs=self._example)
         except efreg.PruningError as error:
             logger.warning("dead filters and MACs are shown as they were before: %s", error)
             return self._counts
-        return sum(layer.removed for layer in dead.layers), efreg.macs(small, self._example)
+        return sum(cut.removed for cut in dead.cuts), dead.macs[1]
 
 
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:

@@ -61,7 +61,7 @@ def sweep(
 def pruned(model: nn.Module, ratio: float | str, example: Tensor, skip: Sequence[str] = ()) -> nn.Module:
     """The model without these filters of each layer; itself it stays as it was."""
     asked = {"ratios" if isinstance(ratio, str) else "ratio": ratio}
-    plan = efreg.plan(model, **asked, skip=skip, example_inputs=example)
+    plan = efreg.plan(model, **asked, coupled=False, skip=skip, example_inputs=example)
     return efreg.prune(model, plan, example_inputs=example)
 
 

@@ -216,7 +216,7 @@ def rehearse(group: Group) -> None:
         for cut in group.cuts:
             with _naming(f"cut {cut!r}"):
                 asked = {"ratios" if isinstance(cut, str) else "ratio": cut}
-                efreg.plan(network, **asked, skip=group.base.skip, example_inputs=example)
+                efreg.plan(network, **asked, coupled=False, skip=group.base.skip, example_inputs=example)
         for recipe in group.recipes:
             with _naming(f"run {recipe.name!r}"):
                 plan = engine.plan(network, recipe.settings, example)

@@ -75,7 +75,7 @@ def methods(network: Network, device: torch.device) -> dict[str, Callable[[], No
     }
     nets = {name: copy.deepcopy(first) for name in forces}
     example = torch.zeros(2, network.channels, 32, 32, device=device)
-    plan = efreg.plan(first, ratio=0.5, example_inputs=example)
+    plan = efreg.plan(first, ratio=0.5, coupled=False, example_inputs=example)
     efreg.attach(nets["electrostatic, efreg"], law=loops.LAW, layers=plan)
     efreg.attach(nets["electrostatic, efreg, each step"], law=loops.LAW, layers=plan, refresh=1)
     ladder = nets["ladder on the whole filter, efreg"]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from efreg.tracing import count_macs, device_of, evaluation, forward
-from efreg.wrapping import unwrap
+from efreg.groups import unwrap
+from efreg.pruning.running import count_macs, device_of, evaluation, forward
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def macs(model: nn.Module, example_inputs: Any) -> int:
     Biases, norms and activations are free. Raises ValueError naming the shapes where the model cannot take
     the example inputs.
     """
-    return count_macs(unwrap(model), example_inputs)[0]
+    return count_macs(unwrap(model), example_inputs)
 
 
 def _figures(model: nn.Module, macs: int, latency: float) -> Figures:

@@ -1,25 +1,33 @@
 """Ratio lists as papers write them: which ratio each convolution of a network gets."""
 
+import fnmatch
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
 from torch import nn
 
-from efreg.resizing import CONVOLUTIONS
+from efreg.pruning.cutting import CONVOLUTIONS
+
+NUMBERS = re.compile(r"-?\d+(-\d+)?")
 
 Ratios = str | Sequence[float] | Mapping[int | str, float]
 """A list for a network with stages, a mapping from convolutions' numbers for others; or that as a string."""
 
 
-def as_written(ratio: Any) -> Fraction:
+Keyed = Mapping[Any, tuple[Fraction, set[str]]]
+"""Of each key of a mapping its ratio, and the names of the modules that it means."""
+
+
+def as_written(ratio: Any, what: str = "ratio") -> Fraction:
     """The ratio as the decimal that was written: ⌈ratio · N⌉ is exact. Raises ValueError outside [0, 1)."""
     try:
         fraction = Fraction(str(ratio).strip())
     except (ValueError, ZeroDivisionError):
-        raise ValueError(f"ratio {ratio!r} is no number: give one in [0, 1)") from None
+        raise ValueError(f"{what} {ratio!r} is no number: give one in [0, 1)") from None
     if not 0 <= fraction < 1:
-        raise ValueError(f"ratio {ratio} is outside [0, 1)")
+        raise ValueError(f"{what} {ratio} is outside [0, 1)")
     return fraction
 
 
@@ -39,25 +47,68 @@ def listed(model: nn.Module, ratios: Ratios) -> dict[str, Fraction]:
     return _by_stage(model, list(ratios))
 
 
-def skipped(model: nn.Module, skip: str | Iterable[str]) -> set[str]:
-    """The convolutions in the blocks to leave alone."""
-    entries = skip.replace(",", " ").split() if isinstance(skip, str) else list(skip)
+def by_names(model: nn.Module, ratios: Ratios | None) -> Keyed:
+    """The ratio and the modules of each key of a mapping, where some of its keys are no numbers; else empty.
+
+    Raises ValueError for a key that means nothing.
+    """
+    if isinstance(ratios, str) and ":" in ratios:
+        ratios = _parse(ratios)
+    if not isinstance(ratios, Mapping) or all(NUMBERS.fullmatch(str(key)) for key in ratios):
+        return {}
+    names = list(convolutions(model))
+    keyed = {}
+    for key, ratio in ratios.items():
+        if NUMBERS.fullmatch(str(key)):
+            modules = {names[number] for number in _numbers(key, len(names))}
+        else:
+            try:
+                modules = selected(model, [key], "ratios")
+            except ValueError as error:
+                raise ValueError(f"cannot read {key!r} as '3' or '1-15', nor as modules: {error}") from None
+        keyed[key] = as_written(ratio), modules
+    return keyed
+
+
+def selected(model: nn.Module, selection: str | nn.Module | Iterable[str | nn.Module], what: str) -> set[str]:
+    """The names of all modules meant by names, glob patterns, modules or blocks, and of those inside them.
+
+    what: the argument, for errors. A string may hold several, apart by commas or spaces. Raises ValueError
+        for
+    what matches nothing.
+    """
+    if isinstance(selection, str):
+        selection = selection.replace(",", " ").split()
+    entries = [selection] if isinstance(selection, nn.Module) else list(selection)
+    names = [*dict(model.named_modules()), *dict(model.named_parameters())]
     stages = _stages(model).values()
-    known = {f"{s}.{b}": name for s, blocks in enumerate(stages, 1) for b, name in enumerate(blocks)}
-    if unknown := [entry for entry in entries if entry not in known]:
-        raise ValueError(
-            f"skip names blocks that {type(model).__name__} has not: {', '.join(map(repr, unknown))}; "
-            f"it has {', '.join(known) or 'no stages'}"
-        )
-    blocks = [known[entry] for entry in entries]
-    return {f"{block}.{name}" for block in blocks for name in convolutions(model.get_submodule(block))}
+    blocks = {f"{s}.{b}": name for s, found in enumerate(stages, 1) for b, name in enumerate(found)}
+    chosen: set[str] = set()
+    for entry in entries:
+        found = [blocks[entry]] if entry in blocks else _matching(model, names, entry, what)
+        if not found:
+            raise ValueError(
+                f"{what} names {entry!r}, which {type(model).__name__} has not: give names or patterns of "
+                f"model.named_modules(), modules, or blocks ({', '.join(blocks) or 'it has no stages'})"
+            )
+        chosen |= {name for name in names for top in found if name == top or name.startswith(f"{top}.")}
+    return chosen
+
+
+def _matching(model: nn.Module, names: list[str], entry: str | nn.Module, what: str) -> list[str]:
+    if isinstance(entry, nn.Module):
+        return [name for name, module in model.named_modules() if module is entry]
+    if not isinstance(entry, str):
+        raise TypeError(f"{what}: {entry!r} is neither a name, nor a pattern, nor a module")
+    entry = entry.partition("#")[0]
+    return [name for name in names if name and (name == entry or fnmatch.fnmatchcase(name, entry))]
 
 
 def _parse(text: str) -> list[str] | dict[str, str]:
     entries = [entry.strip() for entry in text.strip().removeprefix("[").removesuffix("]").split(",")]
     if ":" not in text:
         return entries
-    pairs = [entry.split(":") for entry in entries]
+    pairs = [[part.strip() for part in entry.split(":")] for entry in entries]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"cannot read the ratios {text!r}: write '[0:0, 1-15:0.65]'")
     if len({key for key, _ in pairs}) < len(pairs):

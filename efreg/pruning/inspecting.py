@@ -1,0 +1,73 @@
+"""What could go and what cannot: all groups of a network, without a plan."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from efreg.groups import Group, unwrap
+from efreg.pruning.plans import _shortened, table
+from efreg.pruning.running import quietly
+from efreg.pruning.units import Frozen, Network
+from efreg.pruning.watching import watch
+
+
+@dataclass(frozen=True, repr=False)
+class Inspection:
+    """The groups of a network and what is frozen, with reasons; `str` gives two tables.
+
+    unseen: parameters that took part in nothing, of which nobody knows what they read.
+    """
+
+    network: str
+    groups: tuple[Group, ...]
+    frozen: tuple[Frozen, ...]
+    unseen: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        units = sum(group.size for group in self.groups)
+        stays = sum(x.count for x in self.frozen)
+        able = f"{units} units in {len(self.groups)} groups can go"
+        return f"Inspection({self.network}: {able}; {stays} rows of weights stay)"
+
+    def __str__(self) -> str:
+        rows = [("group", "units", "written by", "read by", "")]
+        rows += [
+            (
+                g.name,
+                str(g.size),
+                _shortened(g.writers),
+                _shortened(g.readers),
+                "approximate" if g.approximate else "",
+            )
+            for g in self.groups
+        ]
+        frozen = [("stays", "rows", "of", "because")]
+        frozen += [(x.name, str(x.count), str(x.rows), x.reason) for x in self.frozen]
+        lines = [repr(self), *(table(rows) if self.groups else ())]
+        lines += ["", *table(frozen)] if self.frozen else []
+        lines += (
+            ["", f"never ran, so nobody knows what they read: {', '.join(self.unseen)}"]
+            if self.unseen
+            else []
+        )
+        return "\n".join(lines)
+
+
+def inspect(model: nn.Module, example_inputs: Any, *, approximate: bool = False) -> Inspection:
+    """All groups of a network: what could go, what is frozen, and why.
+
+    Nothing is cut and nothing proven: `efreg.plan` tries what it plans. approximate: as there.
+
+    example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments, or a list of these: several
+        calls.
+
+    Raises ValueError where the model cannot take the inputs, PruningError where it cannot be copied or
+    opened.
+    """
+    model = unwrap(model)
+    with quietly(model):
+        network = Network(watch(model, example_inputs), approximate=approximate)
+    return Inspection(
+        type(model).__name__, network.groups, network.frozen, tuple(sorted(network.watched.unseen))
+    )

@@ -1,0 +1,353 @@
+"""Proof: the pruned network computes what the given one does when nobody reads what was removed."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from efreg.pruning.cutting import cut
+from efreg.pruning.running import (
+    Mode,
+    PruningError,
+    Stilled,
+    calls,
+    device_of,
+    forward,
+    fresh_inputs,
+    tensors,
+    twin,
+    twin_inputs,
+)
+from efreg.pruning.units import Network
+from efreg.pruning.watching import Mask
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
+"""How far outputs may lie apart, relative to max|output|; what float32 leaves in doubt float64 decides."""
+
+
+class Unprovable(PruningError):
+    """Outputs that say nothing about the network, so that nothing can be proven with them.
+
+    constant: whether they are the same whatever the inputs.
+    """
+
+    def __init__(self, reason: str, remedy: str, *, constant: bool = False):
+        super().__init__(f"the network cannot be proven: {reason}. {remedy}")
+        self.constant = constant
+
+
+OTHER_INPUTS = "Give other example_inputs"
+FEWER = "Remove fewer units, or give other example_inputs"
+A_PART = "Give inputs on which they are not, or prune the part that makes them, such as model.backbone"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why the two do not agree; the module where it shows first, and whether the pruned network broke down in
+    it.
+    """
+
+    reason: str
+    module: str | None = None
+    broken: bool = False
+
+
+class Masked(Mode):
+    """The given network without what is read other than by weights: zeros there, norms over what stays."""
+
+    def __init__(self, masks: Sequence[Mask], network: Network, gone: np.ndarray):
+        super().__init__()
+        self._masks: dict[tuple[str, int], list[tuple[Mask, dict]]] = {}
+        for mask in masks:
+            stays = {
+                name: {i: torch.from_numpy(network.kept(axis, gone)) for i, axis in axes.items()}
+                for name, axes in mask.arguments.items()
+            }
+            if any(not x.all() for axes in stays.values() for x in axes.values()):
+                self._masks.setdefault(mask.operation, []).append((mask, stays))
+        self._operations: Counter[str] = Counter()
+
+    def see(self, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        name = function._schema.name
+        self._operations[name] += 1
+        found = self._masks.get((name, self._operations[name]))
+        if not found:
+            return function(*args, **kwargs)
+        names = [argument.name for argument in function._schema.arguments]
+        given = dict(zip(names, args)) | kwargs
+        for mask, stays in found:
+            if mask.norm:
+                return _over_what_stays(function, given, stays)
+            for name, axes in stays.items():
+                for i, stay in axes.items():
+                    given[name] = given[name].index_fill(i, _gone(stay, given[name]), 0)
+        return function(**given)
+
+
+def _gone(stay: Tensor, like: Tensor) -> Tensor:
+    return stay.logical_not().nonzero().flatten().to(like.device)
+
+
+def _over_what_stays(function, given: dict[str, Any], stays: dict[str, dict[int, Tensor]]) -> Any:
+    """The norm of the entries that stay, in their places; zeros in the others'."""
+    first = next(name for name in given if isinstance(given[name], Tensor))
+    x, axes = given[first], stays[first]
+    for name, found in stays.items():
+        for i, stay in found.items():
+            given[name] = given[name].index_select(i, stay.nonzero().flatten().to(x.device))
+    if "normalized_shape" in given:
+        given["normalized_shape"] = list(given[first].shape[-len(given["normalized_shape"]) :])
+    if "C" in given:
+        given["C"], given["group"] = _groups_left(given["group"], axes[1])
+    out = function(**given)
+
+    def spread(y: Any) -> Any:
+        if (
+            not isinstance(y, Tensor)
+            or y.ndim != x.ndim
+            or any(y.shape[i] == 1 < len(s) for i, s in axes.items())
+        ):
+            return y
+        for i, stay in axes.items():
+            shape = list(y.shape)
+            shape[i] = len(stay)
+            y = y.new_zeros(shape).index_copy(i, stay.nonzero().flatten().to(y.device), y)
+        return y
+
+    return tuple(map(spread, out)) if isinstance(out, tuple) else spread(out)
+
+
+def _groups_left(groups: int, stay: Tensor) -> tuple[int, int]:
+    """How many channels and how many groups of a group norm stay."""
+    return int(stay.sum()), int(stay.reshape(groups, -1).any(1).sum())
+
+
+def disagreement(
+    model: nn.Module,
+    network: Network,
+    gone: np.ndarray,
+    example_inputs: Any,
+    *,
+    dead: bool = False,
+    quick: bool = False,
+) -> Failure | None:
+    """How the network without these units differs from the given one in which nobody reads them; None where
+    not.
+
+    Compared are eval mode on the example inputs and on fresh random ones of the same shape, and train mode,
+    where the network has it, on the fresh ones; random numbers are held still. Where float32 leaves a doubt,
+    float64 decides. dead: compared with the given network as it is. quick: not on the example inputs.
+
+    Raises `Unprovable` where outputs do not depend on inputs, are empty, random or not finite.
+    """
+    generator = torch.Generator().manual_seed(0)
+    examples = calls(example_inputs)
+    fresh = [fresh_inputs(call, generator) for call in examples]
+    compared = _Compared(model, network, gone, dead)
+    seen = []
+    for training, inputs in ((False, examples), (False, fresh), (True, fresh)):
+        for number, call in enumerate(inputs):
+            if quick and inputs is examples:
+                continue
+            failure, outputs = compared.on(call, number, training)
+            if failure is not None:
+                return failure
+            if not training:
+                seen.append((number, call, outputs))
+    if not quick:
+        _require_dependence(model, seen)
+    return None
+
+
+class _Compared:
+    """Twins of both networks, in float32 or whatever they are in, and in float64 where that is needed."""
+
+    def __init__(self, model: nn.Module, network: Network, gone: np.ndarray, dead: bool):
+        self._model, self._network, self._gone, self._dead = model, network, gone, dead
+        self._twins: dict[torch.dtype | None, tuple[nn.Module, nn.Module]] = {}
+
+    def on(self, call: Any, number: int, training: bool) -> tuple[Failure | None, list[Tensor]]:
+        """The failure on this call, and the reference's outputs; neither where it has no train mode."""
+        failure, expected = self._compare(call, number, training, None)
+        if failure is not None and not failure.broken and expected and expected[0].dtype != torch.float64:
+            try:
+                failure, _ = self._compare(call, number, training, torch.float64)
+            except (ValueError, Unprovable):  # a network that insists on float32
+                return failure, expected
+        return failure, expected
+
+    def _compare(self, call: Any, number: int, training: bool, dtype: torch.dtype | None):
+        reference, pruned = self._twins_in(dtype)
+        try:
+            expected = self._outputs(reference, call, number, training, dtype, masked=not self._dead)
+        except ValueError:
+            if training:
+                return None, []
+            raise
+        stack = Trail(pruned)
+        try:
+            with stack:
+                found = self._outputs(pruned, call, number, training, dtype, masked=False)
+        except ValueError as error:
+            return Failure(
+                f"without them it breaks down: {error.__cause__ or error}", stack.broken, broken=True
+            ), expected
+        reason = _difference(found, expected, TOLERANCE[dtype or torch.float32])
+        if reason is not None:
+            again = self._outputs(reference, call, number, training, dtype, masked=not self._dead)
+            if _difference(again, expected, 0.0) is not None:
+                raise Unprovable(
+                    "its outputs are random, by other dice than torch's", "Fix them while it is pruned"
+                )
+            module = self._first_difference(call, number, training, dtype)
+            return Failure(f"{reason}{' in train mode' if training else ''}", module), expected
+        return None, expected
+
+    def _first_difference(
+        self, call: Any, number: int, training: bool, dtype: torch.dtype | None
+    ) -> str | None:
+        """The first module to return something of the same shape in both networks that is not the same."""
+        reference, pruned = self._twins_in(dtype)
+        with Returns(reference) as expected:
+            self._outputs(reference, call, number, training, dtype, masked=not self._dead)
+        with Returns(pruned) as found:
+            self._outputs(pruned, call, number, training, dtype, masked=False)
+        for (name, x), (other, y) in zip(found.seen, expected.seen):
+            if name != other:
+                return None
+            if x.shape == y.shape and not torch.allclose(x, y, rtol=0, atol=1e-3 * float(y.abs().max())):
+                return name
+        return None
+
+    def _twins_in(self, dtype: torch.dtype | None) -> tuple[nn.Module, nn.Module]:
+        if dtype not in self._twins:
+            reference = twin(self._model, dtype).requires_grad_(True)
+            pruned = cut(twin(self._model, dtype), self._network, self._gone).requires_grad_(True)
+            if not self._dead:
+                self._close_columns(reference)
+            self._twins[dtype] = reference, pruned
+        return self._twins[dtype]
+
+    @torch.no_grad()
+    def _close_columns(self, model: nn.Module) -> None:
+        """Nobody reads what goes: columns of readers are zero."""
+        named = dict((*model.named_parameters(), *model.named_buffers()))
+        for name, axis, positions in self._network.columns(self._gone):
+            named[name].index_fill_(axis, torch.from_numpy(positions).to(named[name].device), 0)
+
+    def _outputs(
+        self, model: nn.Module, call: Any, number: int, training: bool, dtype, *, masked: bool
+    ) -> list[Tensor]:
+        model.train(training)
+        masks = self._network.watched.masks.get((training, number), []) if masked else []
+        inputs = twin_inputs(call, dtype)
+        with torch.random.fork_rng(devices=_devices(model)):
+            torch.manual_seed(0)
+            mask = Masked(masks, self._network, self._gone) if masks else nullcontext()
+            with torch.enable_grad(), Stilled(), mask:
+                outputs = tensors(forward(model, inputs))
+        return [torch.view_as_real(x.detach()) if x.is_complex() else x.detach() for x in outputs]
+
+
+class Trail:
+    """Finds the innermost module in which a forward pass of the model breaks down."""
+
+    def __init__(self, model: nn.Module):
+        self._model, self._handles = model, []
+        self.broken: str | None = None
+
+    def __enter__(self) -> "Trail":
+        for name, module in self._model.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                hook = module.register_forward_hook(lambda *_, name=name: self._leave(name), always_call=True)
+                self._handles.append(hook)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _leave(self, name: str) -> None:
+        if self.broken is None and sys.exc_info()[0] is not None:
+            self.broken = name
+
+
+class Returns:
+    """Keeps the tensors that the model's modules return, in the order in which they return them."""
+
+    def __init__(self, model: nn.Module):
+        self._model, self._handles = model, []
+        self.seen: list[tuple[str, Tensor]] = []
+
+    def __enter__(self) -> "Returns":
+        for name, module in self._model.named_modules():
+            if name and not isinstance(module, torch.jit.ScriptModule):
+                self._handles.append(
+                    module.register_forward_hook(lambda m, a, out, name=name: self._keep(name, out))
+                )
+        return self
+
+    def __exit__(self, *_) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _keep(self, name: str, out: Any) -> None:
+        out = out[0] if isinstance(out, (tuple, list)) and out else out
+        if isinstance(out, Tensor) and out.is_floating_point():
+            self.seen.append((name, out.detach().clone()))
+
+
+def _devices(model: nn.Module) -> list:
+    device = device_of(model)
+    return [device] if device.type == "cuda" else []
+
+
+def _difference(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> str | None:
+    """How outputs differ by more than tolerance · max|expected|; None where they do not."""
+    if [x.shape for x in found] != [x.shape for x in expected]:
+        return "the outputs have another shape without them"
+    for x, y in zip(found, expected, strict=True):
+        if not y.numel():
+            continue
+        if not y.is_floating_point():
+            if not torch.equal(x, y):
+                return "outputs that are no floating-point numbers differ"
+            continue
+        finite = y.isfinite()
+        if y.isnan().any():
+            raise Unprovable("its outputs are not finite", OTHER_INPUTS)
+        if not torch.equal(x[~finite], y[~finite]):
+            return "outputs are infinite in other places"
+        if not finite.any():
+            continue
+        error = (x[finite] - y[finite]).abs().max().item()
+        if not error <= tolerance * y[finite].abs().max().item():
+            return f"outputs differ by {error:.3g}, where the largest is {y[finite].abs().max().item():.3g}"
+    return None
+
+
+def _require_dependence(model: nn.Module, seen: Sequence[tuple[int, Any, list[Tensor]]]) -> None:
+    """Raises `Unprovable` where outputs are none, empty, or the same whatever the inputs."""
+    for number in {number for number, _, _ in seen}:
+        given = [call for n, call, _ in seen if n == number]
+        runs = [outputs for n, _, outputs in seen if n == number]
+        if not any(runs):
+            raise Unprovable("it returns no tensors", "Return what it computes as tensors")
+        if not any(x.numel() for outputs in runs for x in outputs):
+            raise Unprovable("its outputs are empty on these inputs", A_PART)
+        if len(runs) > 1 and _equal(*runs):
+            with torch.no_grad(), Stilled():
+                before = [tensors(forward(twin(model), twin_inputs(call))) for call in given]
+            if _equal(*before):
+                raise Unprovable("its outputs do not depend on its inputs", OTHER_INPUTS, constant=True)
+            raise Unprovable("what is left of it gives the same for all inputs", FEWER, constant=True)
+
+
+def _equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(torch.equal, some, others))

@@ -1,0 +1,91 @@
+"""Estimating batch-norm statistics anew."""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
+
+from efreg.groups import unwrap
+from efreg.pruning.running import device_of
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def recalibrate(
+    model: nn.Module,
+    loader: Iterable,
+    *,
+    device: torch.device | str | None = None,
+    forward: Forward | None = None,
+) -> nn.Module:
+    """Estimates the running statistics of the model's batch norms anew, in one pass over the loader.
+
+    They become plain averages over the batches, in train mode; no gradient is computed and every training
+    flag is left as it was. Returns the model.
+
+    loader: batches as the model takes them: tensors, dicts of keyword arguments, or tuples and lists whose
+        first element is the input, a tuple of inputs or a dict of them. device: where to put the batches;
+        None is the model's device. forward: (model, batch) runs the model on a batch of any other kind.
+
+    Raises ValueError, having changed nothing, for a model without such norms or an empty loader. Where a
+    batch fails, the statistics are put back.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if not norms:
+        raise ValueError(f"{type(model).__name__} has no batch norm with running statistics to recalibrate")
+    batches = iter(loader)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("the loader is empty: recalibrate needs at least one batch")
+    run, place = forward or _forward, device or device_of(model)
+    with _restored(model, norms), torch.no_grad():
+        model.train()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+        for batch in chain([first], batches):
+            run(model, tree_map(lambda x: x.to(place) if isinstance(x, Tensor) else x, batch))
+    return model
+
+
+def _forward(model: nn.Module, batch: Any) -> Any:
+    """The model on the inputs of a batch. Raises TypeError where it does not take them."""
+    inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    named = dict(inputs) if isinstance(inputs, Mapping) else {}
+    listed = () if named else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    try:
+        if not all(isinstance(x, Tensor) for x in listed):
+            raise TypeError(f"a batch of type {type(batch).__name__} holds what is no tensor")
+        inspect.signature(unwrap(model).forward).bind(*listed, **named)
+    except TypeError as error:
+        raise TypeError(
+            f"{type(unwrap(model)).__name__} does not take these batches ({error}): say how to run one, "
+            "recalibrate(..., forward=lambda model, batch: ...)"
+        ) from error
+    return model(*listed, **named)
+
+
+@contextmanager
+def _restored(model: nn.Module, norms: Sequence[nn.Module]) -> Iterator[None]:
+    """Puts training flags and momenta back after; the statistics too where the body raises."""
+    flags = [(module, module.training) for module in model.modules()]
+    momenta = [norm.momentum for norm in norms]
+    statistics = [copy.deepcopy(dict(norm.named_buffers(recurse=False))) for norm in norms]
+    try:
+        yield
+    except BaseException:
+        for norm, buffers in zip(norms, statistics, strict=True):
+            norm.load_state_dict(buffers, strict=False)
+        raise
+    finally:
+        for module, training in flags:
+            module.training = training
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

@@ -1,0 +1,59 @@
+"""What goes together, by kind of operation: one small function a kind, in one table.
+
+A rule gets the run that is watched, the operation's output and its arguments under the names that ATen's
+schema has for them. It calls `run.name(out, axes)` with the ids along each axis of the output, and before
+that whatever else is to be said: `run.same(a, b)` unites two axes, `run.freeze(axis, why)` keeps one,
+`run.contract` and `run.write` say what reads and what writes.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+
+Rule = Callable[..., None]
+
+RULES: dict[str, Rule] = {}
+"""By the name of the ATen operation; one in place, with a trailing underscore, has the rule of its twin."""
+
+
+UNIFORM: set[str] = set()
+"""The operations that give ids to axes along which all numbers are alike, wherever these come from."""
+
+
+def rule(*operations: str, uniform: bool = False) -> Callable[[Rule], Rule]:
+    """Registers a function as the rule of these operations. uniform: see `UNIFORM`."""
+
+    def register(function: Rule) -> Rule:
+        for operation in operations:
+            assert operation not in RULES, f"{operation} has two rules"
+            RULES[operation] = function
+        UNIFORM.update(operations if uniform else ())
+        return function
+
+    return register
+
+
+def is_uniform(operation: Callable) -> bool:
+    """Whether an operation gives ids that none of its inputs has."""
+    return operation._schema.name.removeprefix("aten::") in UNIFORM
+
+
+def name_of(operation: Callable) -> str:
+    """What an ATen operation is called in a message."""
+    return operation._schema.name.removeprefix("aten::").strip("_")
+
+
+KINDS = "pointwise views indexing contractions norms reductions spatial recurrent unknown"
+
+for kind in KINDS.split():
+    import_module(f"efreg.pruning.rules.{kind}")
+
+
+def rule_of(operation: Callable) -> Rule:
+    """The rule of an ATen operation; `unknown` where the table has none."""
+    from torch import Tag
+
+    name = operation._schema.name.removeprefix("aten::")
+    for known in (name, name.removesuffix("_")):
+        if known in RULES:
+            return RULES[known]
+    return RULES["pointwise" if Tag.pointwise in operation.tags else "unknown"]

@@ -1,0 +1,71 @@
+"""Recurrent layers in one piece: columns of inputs and of hidden states are read, the rows of all gates go in
+step.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from efreg.pruning.rules import rule
+from efreg.pruning.rules.unknown import unknown
+from efreg.pruning.rules.views import in_step
+
+
+@rule("mkldnn_rnn_layer")
+def one_layer(run, out, input, weight0, weight1, weight2, weight3, hx_, cx_, **_):
+    """One layer in one direction."""
+    _layers(run, out, input, [[[weight0, weight1, weight2, weight3]]], [hx_, cx_])
+
+
+@rule("_cudnn_rnn", "miopen_rnn")
+def all_layers(
+    run, out, function, input, weight, weight_stride0, hx, cx=None, proj_size=0, bidirectional=False, **_
+):
+    """weight: weight_stride0 tensors for each layer and direction. Where hidden states are projected all
+    stays.
+    """
+    if proj_size:
+        unknown(run, out, function, input=input, weight=weight, hx=hx, cx=cx)
+        return
+    each = [weight[i : i + weight_stride0] for i in range(0, len(weight), weight_stride0)]
+    directions = 2 if bidirectional else 1
+    _layers(run, out, input, [each[i : i + directions] for i in range(0, len(each), directions)], [hx, cx])
+
+
+def _layers(run, out, input: Tensor, layers: Sequence, states: Sequence[Tensor | None]) -> None:
+    """layers: of each, for each direction, weights [gates · H, in] and [gates · H, H] and biases [gates · H].
+
+    All have the same hidden channels, those of the states [layers · directions, batch, H].
+    """
+    for axis in run.axes(input)[:-1]:
+        run.freeze(axis, "a recurrent layer goes over them")
+    states = [x for x in states if x is not None and x.numel()]
+    hidden = run.same(*(run.axes(x)[-1] for x in states))
+    below = None
+    for layer in layers:
+        for reader, recurrent, *biases in layer:
+            if below is None:
+                run.contract(input, input.ndim - 1, reader, 1, argument="input")
+            else:
+                run.same(below, run.axes(reader)[1])
+                run.read(reader, 1)
+            hidden = _hidden(run, hidden, reader, recurrent, [x for x in biases if x.numel()])
+        below = np.concatenate([hidden] * len(layer))
+    loud = any(map(run.is_loud, states))
+    for x, axis in zip(out, (below, hidden, hidden)):
+        if x is not None and x.numel():
+            run.name(x, [*[None] * (x.ndim - 1), axis], loud=loud)
+
+
+def _hidden(run, hidden, reader: Tensor, recurrent: Tensor, biases: Sequence[Tensor]) -> np.ndarray:
+    """The hidden channels with those of a layer: rows of each gate, columns that read the states before."""
+    run.read(recurrent, 1)
+    run.take(recurrent, 1)
+    for x in (reader, recurrent):
+        run.write(x, 0)
+    for x in biases:
+        run.carry(run.axes(x)[0])
+    gates = len(recurrent) // recurrent.shape[1]
+    rows = [in_step(run, run.axes(x)[0], gates) for x in (reader, recurrent, *biases)]
+    return run.same(hidden, run.axes(recurrent)[1], *rows)
