@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import importlib.util
 import logging
 import os
 import shutil
@@ -208,9 +209,12 @@ def available() -> list[str]:
 
 
 def check_correctness() -> None:
-    """tests/test_gpu.py: float64, equal bits in 100 runs, no synchronisation, graphs of a whole step."""
+    """tests/test_gpu.py: float64, equal bits in 100 runs, no waiting, graphs of a step, pruning as on the CPU."""
     available()
-    run_tests([sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider"], limit=300)
+    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist"):  # its processes must agree on the tests' names
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
+    run_tests(command, limit=300, EFREG_TEST_SEED=str(time.time_ns() % 2**31))
 
 
 def check_memory() -> None:
@@ -227,7 +231,7 @@ def check_memory() -> None:
 def run_tests(command: list[str], limit: float, **environment: str) -> None:
     """Runs tests/test_gpu.py. Raises AssertionError where it fails or is not over in time."""
     environment = {**os.environ, "EFREG_TEST_DEVICE": DEVICE.type, **environment}
-    here = ["-o", "addopts=--strict-markers", "-m", "gpu"]  # one process, which needs no pytest-xdist
+    here = ["-o", "addopts=--strict-markers", "-m", "gpu"]
     command = [*command, *here, str(ROOT / "tests" / "test_gpu.py")]
     with (options.out / "gpu_tests.txt").open("a+") as file:
         begin = file.tell()

@@ -352,7 +352,7 @@ def test_prune_removes_what_was_asked(arguments, left, trained):
 
 
 def test_a_checkpoint_is_inspected_and_planned_too(trained, tmp_path, capsys):
-    """Its ratios are the papers': each block's first convolution alone. A saved plan is followed to the same bits."""
+    """Its ratios are the papers': each block's first convolution alone. A saved plan gives the same bits."""
     checkpoint = str(trained / "checkpoint.pt")
     assert cli.main(["inspect", checkpoint]) == 0
     assert capsys.readouterr().out.startswith("Inspection(ResNet: ")

@@ -39,6 +39,18 @@ def small():
     )
 
 
+class Slices(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.widths = [6, 4]
+        self.first = nn.Conv2d(3, 10, 3)
+        self.parts = nn.ModuleList(nn.Conv2d(width, 2, 1) for width in self.widths)
+
+    def forward(self, x):
+        parts = self.first(x).relu().split(self.widths, 1)
+        return torch.cat([one(part).mean((2, 3)) for one, part in zip(self.parts, parts)], 1)
+
+
 def no_module():
     return 7
 
@@ -174,6 +186,10 @@ def test_prune_follows_a_saved_plan(capsys):
 
 
 def test_a_pruned_network_is_pruned_again(capsys):
+    """Numbers that no shape tells come along."""
+    run(capsys, "prune", "mine:Slices", "--input", "3x8x8", "--ratio", "0.5")
+    printed = run(capsys, "inspect", "mine:Slices", "--input", "3x8x8", "--weights", "pruned.safetensors")
+    assert printed.startswith("Inspection(Slices: 5 units")
     run(capsys, "prune", *SMALL, "--ratio", "0.5")
     run(
         capsys,

@@ -131,7 +131,9 @@ def test_force_against_float64(backend, dtype, shift, law):
         m, s, w = exactly(charges.magnitude), exactly(charges.sign), w.cpu()
         plain = w.to(acc).abs().flatten(1).sum(1).double() if w.numel() else m
         exact = torch.from_numpy(oracle.magnitudes(w)).double()
-        bound = torch.maximum(2 * (plain - exact).abs().max() if len(m) else m, eps(acc) * exact)
+        # torch sums in a tree on a GPU: half a rounding for each of its levels.
+        levels = math.log2(max(charges.size, 4)) if (backend.name, ON_GPU) == ("reference", True) else 2
+        bound = torch.maximum(2 * (plain - exact).abs().max() if len(m) else m, levels / 2 * eps(acc) * exact)
         assert ((m - exact).abs() <= bound).all()
         assert s.tolist() == oracle.signs(w, by=law.sign).tolist()
         expected = law.of(efreg.Charges(m, s, charges.size))

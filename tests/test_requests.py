@@ -204,7 +204,6 @@ def test_bad_requests(net, request_, message):
         (lambda net: net.layer2[0].a, ["layer2.0.a"]),
         (lambda net: [net.layer1, "down"], ["stem", "layer1.0.a", "down"]),
     ],
-    ids=str,
 )
 def test_only_and_skip_take_groups_whole(net, selection, covered):
     """By names, patterns, modules and blocks of any of a group's writers; the two are opposites."""

@@ -177,10 +177,19 @@ def test_a_subclass_keeps_what_only_happens_to_have_its_length():
     assert scaled[0].gain.shape == (8, 1, 1, 1)
 
 
+@pytest.mark.parametrize("name", ["crnn_lstm", "crnn_gru", "crnn_rnn"])
+def test_recurrent_layers_lose_hidden_channels_of_all_gates_layers_and_directions(name):
+    """Half of the 12, and of the 64 that are read."""
+    _, plan, small, _ = cut(name)
+    layer = small.recurrent
+    assert "recurrent" in plan.names
+    assert (layer.input_size, layer.hidden_size) == (32, 6)
+    assert all(x.shape[0] == len(layer.weight_hh_l0) for x in layer.parameters())
+    assert small.letters.in_features == 6 * (2 if layer.bidirectional else 1)
+
+
 STAYS = {
     "cbam": {"1.0": "max is taken over them in '2'", "2.mlp.2": "max is taken over them in '2'"},
-    "crnn_lstm": {"recurrent.weight_hh_l0": "they are hidden channels of a recurrent layer in 'recurrent'"},
-    "crnn_gru": {"recurrent.weight_hh_l0": "they meet numbers of a fixed count in 'recurrent'"},
     "deformable": {"1.offsets": "places are taken by them in '1.convolution'"},
     "encoder_layer": {"linear2": "they meet numbers of a fixed count"},
     "experts": {"gate": "softmax goes over them"},

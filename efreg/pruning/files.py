@@ -33,10 +33,14 @@ GROUPS = {nn.GroupNorm: "num_groups"} | dict.fromkeys((*CONVOLUTIONS, *TRANSPOSE
 READABLE = (*GROUPS, nn.Linear, nn.PReLU, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.RNNBase, _NormBase)
 """The kinds whose counts can be read off their tensors, where need be with a guess at the groups."""
 
+Told = dict[str, dict[str, Any]]
+"""What a file holds as `NUMBERS`."""
+
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
 """By name the model's own tensor and the saved one."""
 
-Numbers = dict[str, dict[str, Any]]
+Numbers = dict[nn.Module, dict[str, Any]]
+"""Of a module the integers, and lists of them, that go with the saved tensors."""
 
 
 def save(model: nn.Module, path: str | os.PathLike) -> None:
@@ -91,12 +95,11 @@ def load(model: nn.Module, saved: str | os.PathLike | Mapping[str, Tensor]) -> n
     shapes that a loss of channels does not explain. The model is changed only if everything fits.
     """
     network = unwrap(model)
-    source, tensors, numbers = _source(saved)
+    source, tensors, told = _source(saved)
     pairs = {name: (own, tensors[name]) for name, own in _tensors(network) if name in tensors}
     _check_names(network, tensors, pairs, source)
     resized = {name: pair for name, pair in pairs.items() if pair[0].shape != pair[1].shape}
-    told = numbers is not None
-    numbers = numbers if told else _guessed(network, resized, source)
+    numbers = _guessed(network, resized, source) if told is None else _by_module(network, told)
     _check_shapes(network, pairs, numbers, source)
     unlike = {name: saved for name, (own, saved) in pairs.items() if _cannot_be_filled(network, name, own)}
     unlike |= {name: saved for name, (_, saved) in resized.items()}
@@ -104,7 +107,7 @@ def load(model: nn.Module, saved: str | os.PathLike | Mapping[str, Tensor]) -> n
     if resized:
         _refit(network, resized, numbers)
     network.load_state_dict(tensors)
-    if not told:
+    if told is None:
         _warn_of_numbers(network, resized, source)
     return model
 
@@ -138,13 +141,12 @@ def _refusal(name: str, value: Any) -> str | None:
         return f"a {type(value).__name__}, and safetensors holds tensors alone: {remedy}"
     if value.is_meta:
         return "on the meta device and has no data: load weights first"
-    if value.is_quantized or value.layout != torch.strided or value.dtype == torch.complex128:
-        kind = (
-            "quantised"
-            if value.is_quantized
-            else str(value.dtype if value.layout == torch.strided else value.layout)
-        )
-        return f"{kind}, which safetensors cannot hold: make it dense float numbers, or save before that"
+    if value.is_quantized:
+        return "quantised, which safetensors cannot hold: save the network before that"
+    if value.layout != torch.strided:
+        return f"{value.layout}, which safetensors cannot hold: make it dense"
+    if value.dtype == torch.complex128:
+        return f"{value.dtype}, which safetensors cannot hold: make it complex64"
     return None
 
 
@@ -158,7 +160,7 @@ def _numbers(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _source(
     saved: str | os.PathLike | Mapping[str, Tensor],
-) -> tuple[str, dict[str, Tensor], Numbers | None]:
+) -> tuple[str, dict[str, Tensor], Told | None]:
     """What errors call it, the tensors in it, and the numbers where it has them."""
     if not isinstance(saved, Mapping):
         return str(saved), *_read(Path(saved))
@@ -168,7 +170,7 @@ def _source(
     return "the state dict", dict(saved), None
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], Numbers | None]:
+def _read(path: Path) -> tuple[dict[str, Tensor], Told | None]:
     """The file's tensors, those that share memory under each of their names, and the numbers."""
     from safetensors import SafetensorError, safe_open
 
@@ -208,6 +210,12 @@ def _check_names(
             )
 
 
+def _by_module(model: nn.Module, told: Told) -> Numbers:
+    """The numbers by module, whichever of its names they were written under."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return {modules[path]: numbers for path, numbers in told.items() if path in modules}
+
+
 def _guessed(model: nn.Module, resized: Pairs, source: str) -> Numbers:
     """The groups of modules whose weight has as many channels a group as before: whole groups have gone then.
 
@@ -227,7 +235,7 @@ def _guessed(model: nn.Module, resized: Pairs, source: str) -> Numbers:
             groups = getattr(module, attribute)
             within = len(own) // groups
             if groups > 1 and len(saved) % within == 0:
-                numbers[path] = {attribute: len(saved) // within}
+                numbers[module] = {attribute: len(saved) // within}
     return numbers
 
 
@@ -265,7 +273,8 @@ def _check_shapes(model: nn.Module, pairs: Pairs, numbers: Numbers, source: str)
     """Raises ValueError where a loss of channels, or of whole groups, does not explain a shape."""
     for name, (own, saved) in pairs.items():
         path, _, key = name.rpartition(".")
-        if not _fits(model.get_submodule(path), key, own.shape, saved.shape, numbers.get(path, {})):
+        module = model.get_submodule(path)
+        if not _fits(module, key, own.shape, saved.shape, numbers.get(module, {})):
             raise ValueError(
                 f"{source} has {name} of shape {tuple(saved.shape)}, {type(model).__name__} of "
                 f"{tuple(own.shape)}: build the network that was saved"
@@ -273,9 +282,9 @@ def _check_shapes(model: nn.Module, pairs: Pairs, numbers: Numbers, source: str)
 
 
 def _fits(module: nn.Module, key: str, own: torch.Size, saved: torch.Size, told: Mapping[str, Any]) -> bool:
-    able = _axes(module, key, len(own))
-    if len(own) != len(saved) or any(
-        not 0 < size <= full or (size < full and axis not in able)
+    able = _axes(module, len(own))
+    if len(own) != len(saved) or not all(
+        size == full or (0 < size < full and axis in able)
         for axis, (full, size) in enumerate(zip(own, saved))
     ):
         return False
@@ -286,12 +295,10 @@ def _fits(module: nn.Module, key: str, own: torch.Size, saved: torch.Size, told:
     return 0 < groups <= before and saved[0] % groups == 0 and saved[0] // groups <= own[0] // before
 
 
-def _axes(module: nn.Module, key: str, ndim: int) -> Sequence[int]:
+def _axes(module: nn.Module, ndim: int) -> Sequence[int]:
     """The axes of a module's tensor along which channels lie."""
     if isinstance(module, nn.Embedding):
         return (1,)
-    if isinstance(module, nn.RNNBase):
-        return (1,) if key.startswith("weight_ih_l0") else ()
     if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
         return (0, 1)
     return range(ndim)
@@ -308,7 +315,7 @@ def _refit(model: nn.Module, resized: Pairs, numbers: Numbers) -> None:
     """Sets the numbers of modules, told and read off shapes, as they are after a loss of channels."""
     for path, module in model.named_modules():
         for name, own in list(plain_numbers(module)):
-            if _is_less(new := numbers.get(path, {}).get(name), own):
+            if _is_less(new := numbers.get(module, {}).get(name), own):
                 setattr(module, name, type(own)(new))
         if type(module) is nn.MultiheadAttention and any(name.startswith(f"{path}.") for name in resized):
             as_pruned(module, heads=module.num_heads)

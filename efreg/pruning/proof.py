@@ -27,7 +27,7 @@ from efreg.pruning.running import (
 from efreg.pruning.units import Network
 from efreg.pruning.watching import Mask
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-7}
 """How far outputs may lie apart, relative to max|output|; what float32 leaves in doubt float64 decides."""
 
 

@@ -44,14 +44,15 @@ def _in_groups(run, out, input, weight, groups: int, transposed: bool) -> Axis:
     group].
     """
     within_in, within_out = input.shape[1] // groups, out.shape[1] // groups
-    depthwise = within_in == within_out == 1
-    if not depthwise:
+    first, second = run.axes(weight)[:2]
+    if within_in == within_out == 1:
+        run.carry(first)
+    else:
         run.take(input, 1)
         run.read(weight, 0 if transposed else 1)
         run.write(weight, 1 if transposed else 0)
         if not run.is_weight(weight) and run.axes(input)[1] is not None:
             run.mask({"input": {1: run.axes(input)[1]}}, norm=False)
-    first, second = run.axes(weight)[:2]
     if transposed:
         group, _ = run.ids.take_apart(run.same(run.axes(input)[1], first), [groups, within_in])
         run.size([group], [groups])
@@ -60,8 +61,6 @@ def _in_groups(run, out, input, weight, groups: int, transposed: bool) -> Axis:
     run.size([group], [groups])
     if within_in > 1:
         run.same(reading, second)
-    if depthwise:
-        run.carry(first)
     if within_out == 1:
         return run.same(group, first)
     run.same(group, run.ids.take_apart(first, [groups, within_out])[0])

@@ -69,3 +69,27 @@ def _hidden(run, hidden, reader: Tensor, recurrent: Tensor, biases: Sequence[Ten
     gates = len(recurrent) // recurrent.shape[1]
     rows = [in_step(run, run.axes(x)[0], gates) for x in (reader, recurrent, *biases)]
     return run.same(hidden, run.axes(recurrent)[1], *rows)
+
+
+@rule("_thnn_fused_lstm_cell")
+def lstm_cell(run, out, input_gates, hidden_gates, cx, input_bias=None, hidden_bias=None, **_):
+    """One step on a GPU: c' = σ(f) c + σ(i) tanh(g), h' = σ(o) tanh(c')."""
+    _cell(run, out[:2], cx, [input_gates, hidden_gates], [input_bias, hidden_bias])
+
+
+@rule("_thnn_fused_gru_cell")
+def gru_cell(run, out, input_gates, hidden_gates, hx, input_bias=None, hidden_bias=None, **_):
+    """One step on a GPU: h' = (1 − σ(z)) tanh(n) + σ(z) h."""
+    _cell(run, out[:1], hx, [input_gates, hidden_gates], [input_bias, hidden_bias])
+
+
+def _cell(run, outs, state: Tensor, gates: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+    """The gates, [batch, gates · H] and biases [gates · H], go in step with the state [batch, H]."""
+    biases = [x for x in biases if x is not None]
+    for x in biases:
+        run.carry(run.axes(x)[0])
+    parts = gates[0].shape[1] // state.shape[1]
+    rows = [in_step(run, run.axes(x)[-1], parts) for x in (*gates, *biases)]
+    channels = run.same(run.axes(state)[1], *rows)
+    for each in outs:
+        run.name(each, [None, channels], loud=run.is_loud(state))

@@ -74,9 +74,7 @@ def _outputs(run, out, function, given: dict) -> list[tuple[Tensor, bool]]:
 
     found = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
     zeros = [bool((x == 0).all()) for x in tried(function, given, probe)] or [False] * len(found)
-    return [
-        (x, not zero or x.dtype == torch.int64) for x, zero in zip(found, zeros)
-    ]  # places count from anywhere
+    return [(x, not zero or not x.is_floating_point()) for x, zero in zip(found, zeros)]
 
 
 @rule("_fft_r2c", "_fft_c2r", "_fft_c2c")

@@ -54,7 +54,8 @@ def unpool(run, out, function, self, indices, **_):
     channels = self.ndim - int(re.search(r"([23])d", function._schema.name)[1]) - 1
     axis = run.meet((self, channels), (indices, channels))
     channelwise(run, out, function, self=self)
-    run.name(out, [axis if i == channels else other for i, other in enumerate(run.axes(out))])
+    axes = [axis if i == channels else other for i, other in enumerate(run.axes(out))]
+    run.name(out, axes, loud=run.is_loud(self))
 
 
 @rule("constant_pad_nd")
