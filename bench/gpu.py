@@ -209,7 +209,7 @@ def available() -> list[str]:
 
 
 def check_correctness() -> None:
-    """tests/test_gpu.py: float64, equal bits in 100 runs, no waiting, graphs of a step, pruning as on the CPU."""
+    """tests/test_gpu.py: float64, equal bits in 100 runs, no waiting, graphs; pruning as on the CPU."""
     available()
     command = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist"):  # its processes must agree on the tests' names

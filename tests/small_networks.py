@@ -50,6 +50,19 @@ class Function(nn.Module):
         return self.function(*inputs)
 
 
+class Module(nn.Module):
+    """A module of these parts, whose forward is a function of it and of the inputs."""
+
+    def __init__(self, how: Callable, **parts):
+        super().__init__()
+        self.how = how
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *inputs: Tensor):
+        return self.how(self, *inputs)
+
+
 class Parallel(nn.ModuleList):
     """Modules on one input, their outputs side by side."""
 
@@ -546,6 +559,18 @@ def cross_attention():
     return CrossAttention()
 
 
+def causal(self: nn.Module, x: Tensor) -> Tensor:
+    mask = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).triu(1)
+    return self.last(self.attention(x, x, x, need_weights=False, attn_mask=mask)[0])
+
+
+@network((5, 2, 16), rare=True)
+def attention_with_more_keys():
+    """A learned key and one of zeros beside those of the sequence."""
+    attention = nn.MultiheadAttention(16, 4, add_bias_kv=True, add_zero_attn=True)
+    return Module(causal, attention=attention, last=nn.Linear(16, 3))
+
+
 class OwnHeads(nn.Module):
     """Attention of one's own: one layer for queries, keys and values, heads by a view."""
 
@@ -735,19 +760,6 @@ def scripted_inside():
     model.first = nn.Sequential(conv_bn(3, 16), conv_bn(16, 16))
     model.inner = torch.jit.script(model.inner)
     return model
-
-
-class Module(nn.Module):
-    """A module of these parts, whose forward is a function of it and of the inputs."""
-
-    def __init__(self, how: Callable, **parts):
-        super().__init__()
-        self.how = how
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, *inputs: Tensor):
-        return self.how(self, *inputs)
 
 
 def llama_attention(self: Module, x: Tensor) -> Tensor:

@@ -12,6 +12,14 @@ from torch.nn import functional as F
 from efreg.pruning.watching import watch
 
 
+@pytest.fixture(autouse=True)
+def _no_rule_fails(caplog):
+    """A rule that fails freezes all, as where there is none, and says so at DEBUG alone."""
+    caplog.set_level("DEBUG", "efreg")
+    yield
+    assert not [record for record in caplog.get_records("call") if record.msg.startswith("the rule of")]
+
+
 class Operation(nn.Module):
     """An operation on parameters; what it gives is added to sinks, which so have its ids, and summed, which
     reads it.

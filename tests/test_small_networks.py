@@ -25,8 +25,11 @@ TOLERANCE = 1e-12
 
 
 @pytest.fixture(autouse=True)
-def _quietly(caplog):
-    caplog.set_level("ERROR", "efreg")
+def _no_rule_fails(caplog):
+    """A rule that fails freezes all, as where there is none, and says so at DEBUG alone."""
+    caplog.set_level("DEBUG", "efreg")
+    yield
+    assert not [record for record in caplog.get_records("call") if record.msg.startswith("the rule of")]
 
 
 def lively(model):

@@ -1,7 +1,5 @@
 """torch's multi-head attention, with heads fewer or narrower than its embedding."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,7 +32,10 @@ class PrunedAttention(nn.MultiheadAttention):
         turned = batched and not self.batch_first
         q, k, v = (x.transpose(0, 1) if turned else x if batched else x[None] for x in (query, key, value))
         q, k, v = self._project(q, k, v)
+        k, v = self._extended(k, self.bias_k), self._extended(v, self.bias_v)
         bias = self._bias(q, key_padding_mask, attn_mask)
+        if bias is not None:
+            bias = F.pad(bias, (0, k.shape[2] - key.shape[-3 if turned else -2] if bias.shape[-1] > 1 else 0))
         if need_weights:
             scores = q @ k.transpose(-2, -1) * self.temperature
             weights = torch.softmax(scores if bias is None else scores + bias, -1)
@@ -65,6 +66,13 @@ class PrunedAttention(nn.MultiheadAttention):
         projected = [F.linear(x, w, b) for x, w, b in zip((q, k, v), weights, biases)]
         return [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected]
 
+    def _extended(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Keys or values with a learned one and one of zeros more, where there are, which no mask hides."""
+        if bias is not None:
+            own = bias.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            x = torch.cat([x, own.expand(len(x), -1, -1, -1)], 2)
+        return F.pad(x, (0, 0, 0, 1)) if self.add_zero_attn else x
+
     def _bias(self, q: Tensor, padding: Tensor | None, mask: Tensor | None) -> Tensor | None:
         """Both masks, added up: [batch or 1, heads or 1, queries or 1, keys]; None where there is neither."""
 
@@ -91,10 +99,3 @@ def as_pruned(module: nn.MultiheadAttention, heads: int) -> None:
         False  # keeps torch's fused encoder layer, which counts on the embedding, away
     )
     module.__class__ = PrunedAttention
-
-
-def refusal(module: Any) -> str | None:
-    """Why a `nn.MultiheadAttention` cannot lose heads; None where it can."""
-    if module.bias_k is not None or module.add_zero_attn:
-        return "attention with bias_k or add_zero_attn keeps its heads"
-    return None

@@ -198,10 +198,11 @@ class _Compared:
             return Failure(
                 f"without them it breaks down: {error.__cause__ or error}", stack.broken, broken=True
             ), expected
-        reason = _difference(found, expected, TOLERANCE[dtype or torch.float32])
+        tolerance = TOLERANCE[dtype or torch.float32]
+        reason = _difference(found, expected, tolerance)
         if reason is not None:
             again = self._outputs(reference, call, number, training, dtype, masked=not self._dead)
-            if _difference(again, expected, 0.0) is not None:
+            if _difference(again, expected, tolerance) is not None:
                 raise Unprovable(
                     "its outputs are random, by other dice than torch's", "Fix them while it is pruned"
                 )
