@@ -137,13 +137,15 @@ def in_a_process(name: str, kind: str, limit: int) -> dict[str, float] | None:
 def rows_of(name: str, kind: str, taken: list[dict | None], limit: int) -> list[dict]:
     """A row for each unit; one that says so where the limit was reached."""
     backend, shape = KINDS[kind][0], f"{name}, 2 × 128²"
+    known = {}
+    if backend == "torch-pruning":
+        known["versions"] = f"{rows.versions('cpu')}, torch-pruning {metadata.version('torch-pruning')}"
     if None in taken:
-        row = rows.row(kind, backend, shape, [limit, limit], "s")
-        return [row | dict.fromkeys(("p20", "p50", "p80"), f"> {limit}")]
+        known |= dict.fromkeys(("p20", "p50", "p80"), f"> {limit}")
+        return [rows.row(kind, backend, shape, [limit, limit], "s") | known]
     several = taken * 2 if len(taken) == 1 else taken
-    found = [rows.row(kind, backend, shape, [each[unit] for each in several], unit) for unit in several[0]]
-    peer = f", torch-pruning {metadata.version('torch-pruning')}" if backend == "torch-pruning" else ""
-    return [row | {"versions": row["versions"] + peer} for row in found]
+    values = {unit: [each[unit] for each in several] for unit in several[0]}
+    return [rows.row(kind, backend, shape, found, unit) | known for unit, found in values.items()]
 
 
 def one(name: str, kind: str, limit: int) -> dict[str, float]:
