@@ -98,6 +98,7 @@ def test_what_is_there_is_not_run_again(studied, monkeypatch):
     assert [path.read_bytes() for path in (out / "forces-tiny.csv", out / "forces-tiny.md")] == before
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_goes_on_with_its_epoch(studied, tmp_path, monkeypatch):
     """Broken off in the second epoch of a run: the first is not trained again, and the rows are the same."""
     longer = replace(TINY, base=replace(TINY.base, epochs=3), candidates=TINY.candidates[1:2])
@@ -139,6 +140,7 @@ def test_a_study_interrupted_between_cuts_trains_nothing_again(studied, tmp_path
     assert not list(tmp_path.rglob("*.pt"))
 
 
+@pytest.mark.slow
 def test_other_settings_are_other_runs(studied, tmp_path, monkeypatch):
     """Rows of one learning rate are not taken for those of another, nor its first weights."""
     shutil.copytree(studied[0], tmp_path / "out")
@@ -200,6 +202,7 @@ def test_the_last_good_epoch_of_a_run_that_diverges_is_kept(tmp_path, monkeypatc
     assert checkpoints.load(kept).epoch == 1
 
 
+@pytest.mark.slow
 def test_other_weights_of_the_same_name_are_other_runs(tmp_path, monkeypatch):
     """Also where they have lain at the same place."""
     public = tmp_path / "w.pt"
