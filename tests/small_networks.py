@@ -601,6 +601,24 @@ def own_heads_fused():
     return transformer_block(OwnHeads(16, 4), 16)
 
 
+class BiasedHeads(OwnHeads):
+    """A learned bias for each head and pair of places, as Swin and MaxViT have it."""
+
+    def __init__(self, width: int, heads: int, places: int):
+        super().__init__(width, heads)
+        self.bias = nn.Parameter(torch.randn(heads, places, places))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v, self.bias).transpose(1, 2).flatten(2))
+
+
+@network((2, 5, 32))
+def own_heads_with_bias():
+    """Fewer heads than channels in each, of which the scale is made: heads go."""
+    return transformer_block(BiasedHeads(32, 4, 5), 32)
+
+
 @network((2, 5, 16))
 def own_heads_written_out():
     return transformer_block(OwnHeads(16, 4, fused=False), 16)

@@ -191,6 +191,15 @@ def test_recurrent_layers_lose_hidden_channels_of_all_gates_layers_and_direction
     assert small.letters.in_features == 6 * (2 if layer.bidirectional else 1)
 
 
+def test_heads_go_where_the_scale_is_made_of_their_width():
+    _, plan, small, _ = cut("own_heads_with_bias")
+    attention = small[0].inner[1]
+    assert [planned.removed for planned in plan.cuts] == [2, 32]
+    assert attention.heads == 2
+    assert attention.bias.shape == (2, 5, 5)
+    assert attention.qkv.weight.shape == (3 * 2 * 8, 32)
+
+
 STAYS = {
     "cbam": {"1.0": "max is taken over them in '2'", "2.mlp.2": "max is taken over them in '2'"},
     "deformable": {"1.offsets": "places are taken by them in '1.convolution'"},

@@ -5,7 +5,7 @@ are `Tracked`, which know where they come from, also after a multiplication. A l
 looked for among the integers of the module that was running.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -92,13 +92,18 @@ def tracked(model: nn.Module) -> Iterator[None]:
 
 
 class Given(TorchFunctionMode):
-    """Keeps in `numbers` the integers that the torch function at work was given, in their order."""
+    """Keeps in `numbers` the integers that the torch function at work was given, in their order.
 
-    def __init__(self):
+    called: is told of each function and its arguments before it works.
+    """
+
+    def __init__(self, called: Callable[[Callable, tuple, dict], None]):
         super().__init__()
         self.numbers: list[int] = []
+        self._called = called
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        self._called(function, args, kwargs or {})
         before, self.numbers = self.numbers, list(_integers((args, tuple((kwargs or {}).values()))))
         try:
             return function(*args, **(kwargs or {}))

@@ -230,7 +230,7 @@ class _Run(Mode):
 
         self.ids = found.ids
         self.stack: list[str] = []
-        self.given = Given()
+        self.given = Given(self._called)
         self.masks: list[Mask] = []
         self._readings: list[tuple[np.ndarray, Mask]] = []
         self._alike: dict[bytes, list[np.ndarray]] = {}
@@ -261,6 +261,14 @@ class _Run(Mode):
         if self._is_uniform(function) or any(any(axis is not None for axis in self.axes(x)) for x in inputs):
             self._follow(function, out, given)
         return out
+
+    def _called(self, function: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Attention without a scale makes one from the width, in single products too, which do not say so."""
+        if function is nn.functional.scaled_dot_product_attention:
+            named = dict(zip(("query", "key", "value", "mask", "dropout", "causal", "scale"), args)) | kwargs
+            if named.get("scale") is None:
+                width = self.axes(named["query"])[-1]
+                self.freeze(width, "the scale of attention is made from their number")
 
     def _follow(self, function: Callable, out: Any, given: dict[str, Any]) -> None:
         """What the operation's rule says; where it does not take these arguments all is frozen, as without
