@@ -64,6 +64,7 @@ except efreg.BackendUnavailable as error:
     assert done.stderr.count("cannot be had") == 1, done.stderr
 
 
+@pytest.mark.slow
 def test_a_build_killed_midway_does_not_hang_the_next_start(tmp_path):
     code = "from efreg import native; native.load(native.CPP); print('built')"
     env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}

@@ -17,7 +17,11 @@ import pytest
 from efreg.kernels import launch
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGETS = [("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)]
+TARGETS = {
+    ("cuda", 80, 32): pytest.mark.slow,
+    ("cuda", 90, 32): (),
+    ("hip", "gfx942", 64): pytest.mark.slow,
+}
 SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 # Both values of every flag, but not each with each of another: no two decide about the same lines.
@@ -106,7 +110,10 @@ def in_amdgcn(code):
     return found["vgpr_count"], {key: found[key] for key in memory}
 
 
-@pytest.fixture(scope="module", params=TARGETS, ids=lambda target: str(target[1]))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(target, id=str(target[1]), marks=marks) for target, marks in TARGETS.items()],
+)
 def target(request):
     return request.param
 

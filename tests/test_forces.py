@@ -124,6 +124,7 @@ def test_an_interrupted_study_goes_on_with_its_epoch(studied, tmp_path, monkeypa
     assert not list(tmp_path.rglob("*.pt"))
 
 
+@pytest.mark.slow
 def test_a_study_interrupted_between_cuts_trains_nothing_again(studied, tmp_path, monkeypatch):
     """Broken off after the last epoch of a run, before its rows are written."""
     one = replace(TINY, candidates=TINY.candidates[:1])
@@ -398,6 +399,7 @@ def test_missing_data_is_named(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_studies_without_data_are_left_out_unless_they_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(forces, "STUDIES", {"mnist": studies.MNIST, "tiny": studies.STUDIES["tiny"]})
     printed = io.StringIO()

@@ -205,7 +205,12 @@ def test_recipes_without_fine_tuning_are_the_papers(name, alphas, batch_size):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, g in recipes.read().items() if g.base.dataset != "imagefolder"]
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("resnet20-cifar10-short", "table5") else pytest.mark.slow)
+        for name, group in recipes.read().items()
+        if group.base.dataset != "imagefolder"
+    ],
 )
 def test_recipes_can_be_run(name):
     """Every cut can be planned, every force attached; the public weights are not looked at."""
@@ -530,6 +535,7 @@ def test_networks_are_kept_for_other_cuts(reproduced, tmp_path, monkeypatch):
     assert {r["ratio"] for r in rows(tmp_path / "figure2.csv")} == {"0.0", "0.25", "[0, 0.6, 0.5, 0.25, 0]"}
 
 
+@pytest.mark.slow
 def test_networks_of_the_forces_are_taken_over(tmp_path, monkeypatch):
     """What `efreg paper forces` trained with a run's settings: not trained again, to the same bits."""
     study = studies.Study(
@@ -551,7 +557,14 @@ def test_networks_of_the_forces_are_taken_over(tmp_path, monkeypatch):
     assert len({row["accuracy"] for row in (*study, *figure) if row["ratio"] == "0.5"}) == 1
 
 
-@pytest.mark.parametrize("when", [2, 4, 7], ids=["training", "fine-tuning", "the run that goes on"])
+@pytest.mark.parametrize(
+    "when",
+    [
+        pytest.param(2, id="training", marks=pytest.mark.slow),
+        pytest.param(4, id="fine-tuning", marks=pytest.mark.slow),
+        pytest.param(7, id="the run that goes on"),
+    ],
+)
 def test_an_interrupted_table_loses_one_epoch(when, reproduced, tmp_path, monkeypatch):
     """Of 10 epochs: 2 of dense, 1 after each of its 3 cuts, then 2 and 3 of the ladder."""
     good, done = engine.train_epoch, []
@@ -571,6 +584,7 @@ def test_an_interrupted_table_loses_one_epoch(when, reproduced, tmp_path, monkey
     assert not list(tmp_path.rglob("*.pt"))
 
 
+@pytest.mark.slow
 def test_a_scaled_table_says_so(tmp_path):
     """And lies beside the one that is not."""
     text = MINE.replace("epochs = 2", "epochs = 8").replace("epochs = 1 }", "epochs = 12 }")
@@ -628,6 +642,7 @@ def test_half_a_data_set_is_not_left_out(tmp_path):
         run("figure2", tmp_path, text=TWO, data_folder=str(tmp_path))
 
 
+@pytest.mark.slow
 def test_groups_that_are_not_named_are_shown_as_they_are(reproduced, tmp_path, monkeypatch):
     shutil.copytree(reproduced[0] / "runs", tmp_path / "runs")
     text = MINE + MINE.replace("[tiny]", "[other]")

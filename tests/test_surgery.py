@@ -188,6 +188,21 @@ def test_a_wrong_removal_fails_the_proof(resnet, x, monkeypatch):
     assert_same(before, snapshot(resnet))
 
 
+class Waves(nn.Module):
+    """Ten billion radians for a one."""
+
+    def forward(self, x):
+        return (1e10 * x).sin()
+
+
+def test_roundings_that_a_network_makes_much_of_are_no_difference():
+    """Ten billion roundings in float64 are more than the proof allows otherwise."""
+    model = lively(nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 1), Waves()))
+    x = torch.randn(3, 8)
+    small = efreg.prune(model, efreg.plan(model, ratio=0.5, example_inputs=x), example_inputs=x)
+    assert small[0].out_features == 32
+
+
 def test_the_proof_needs_finite_outputs(resnet, x):
     with torch.no_grad():
         resnet.linear.bias[0] = float("nan")

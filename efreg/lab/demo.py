@@ -88,7 +88,7 @@ def run(out: str | Path, *, seed: int = 0, epochs: int = 60, console: Console) -
 
 def findings(sweeps: Mapping[str, Sequence[Cut]], test_images: int) -> list[str]:
     """What the table says: the best force at 50 %, and for each where L1 on the same numbers does better."""
-    at_half = {name: cuts[RATIOS.index(0.5)].accuracy for name, cuts in sweeps.items()}
+    at_half = {name: cut.accuracy for name, cuts in sweeps.items() for cut in cuts if cut.ratio == 0.5}
     best = max(at_half, key=at_half.__getitem__)
     others = ", ".join(f"{at_half[name]:.1f} % with {name}" for name in (L1, NO_FORCE) if name != best)
     sentences = [
@@ -177,7 +177,7 @@ def _seconds(function) -> float:
 
 def _sweep(name: str, network: nn.Module, images: data.Data, bar) -> list[Cut]:
     task = bar.add_task(f"pruning: {name}", total=len(RATIOS), note="")
-    return sweep(network, images, tick=lambda: bar.advance(task))
+    return sweep(network, images, ratios=RATIOS, tick=lambda: bar.advance(task))
 
 
 def _save(folder: Path, networks: Mapping[str, nn.Module], images: data.Data) -> None:
@@ -191,14 +191,15 @@ def _save(folder: Path, networks: Mapping[str, nn.Module], images: data.Data) ->
 
 
 def _draw(path: Path, sweeps: Mapping[str, Sequence[Cut]], epochs: int) -> None:
-    removed = [100 * ratio for ratio in RATIOS]
     looks = {force.name: force.look for force in CONTENDERS}
 
     def curves(figure: str) -> list[figures.Curve]:
         kept = {name: [getattr(cut, figure) for cut in cuts] for name, cuts in sweeps.items()}
         flattest = min(kept, key=lambda name: kept[name][0] - statistics.mean(kept[name]))
         return [
-            figures.Curve(name, removed, values, strong=name == flattest, look=looks[name])
+            figures.Curve(
+                name, [100 * ratio for ratio in RATIOS], values, strong=name == flattest, look=looks[name]
+            )
             for name, values in kept.items()
         ]
 

@@ -35,9 +35,10 @@ def prune(
 
     Before it is returned it is proven: it computes what the given model does when nobody reads what was
     removed, on the example inputs and on random ones of the same shape, in eval mode and in train mode where
-    the network has it, within 1e-5 · max|output| in float32 or, where that leaves a doubt, 1e-7 in float64.
-    In an approximate plan norms of the given model are taken over the channels that stay. Of a plan of dead
-    units the result must equal the given model as it is.
+    the network has it, within 1e-5 · max|output| in float32 or, where that leaves a doubt, in float64 within
+    1e-9 or what the network itself makes of sixteen roundings. In an approximate plan norms of the given
+    model are taken over the channels that stay. Of a plan of dead units the result must equal the given model
+    as it is.
 
     example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments, or a list of these, on the
     model's device. optimizer: one of the given model's; it is moved to the new model, momentum, moments and

@@ -217,8 +217,11 @@ def rehearse(group: Group) -> None:
             with _naming(f"cut {cut!r}"):
                 asked = {"ratios" if isinstance(cut, str) else "ratio": cut}
                 efreg.plan(network, **asked, coupled=False, skip=group.base.skip, example_inputs=example)
+        plans = {}
         for recipe in group.recipes:
             with _naming(f"run {recipe.name!r}"):
-                plan = engine.plan(network, recipe.settings, example)
+                asked = recipe.settings.ratio, recipe.settings.ratios, recipe.settings.skip
+                if asked not in plans:
+                    plans[asked] = engine.plan(network, recipe.settings, example)
                 options = engine.force_options(recipe.settings, steps=1)
-                efreg.attach(network, layers=plan, backend="reference", **options).detach()
+                efreg.attach(network, layers=plans[asked], backend="reference", **options).detach()
