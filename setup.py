@@ -35,8 +35,8 @@ def missing_tool() -> str | None:
 
 
 def native():
-    """efreg/native.py, without importing the package."""
-    spec = importlib.util.spec_from_file_location("efreg_native", ROOT / "efreg" / "native.py")
+    """efreg/backends/native.py, without importing the package."""
+    spec = importlib.util.spec_from_file_location("efreg_native", ROOT / "efreg" / "backends" / "native.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

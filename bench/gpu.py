@@ -42,10 +42,12 @@ from torch import nn  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
 
 import efreg  # noqa: E402
-from efreg import backends, native, stepping  # noqa: E402
+from efreg import backends  # noqa: E402
+from efreg.backends import native  # noqa: E402
+from efreg.backends.reference import accumulator  # noqa: E402
+from efreg.backends.rows import Rows  # noqa: E402
+from efreg.force import stepping  # noqa: E402
 from efreg.lab import models  # noqa: E402
-from efreg.reference import accumulator  # noqa: E402
-from efreg.table import Rows  # noqa: E402
 
 DEVICE = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
 ON_GPU = options.device == "cuda"

@@ -3,7 +3,7 @@
 import torch
 
 import efreg
-from efreg import reference
+from efreg.backends import reference
 from efreg.lab.paper.loops import LAW, l1_autograd, paper_loop
 
 __all__ = ["LAW", "l1_autograd", "paper_loop"]
@@ -12,8 +12,8 @@ __all__ = ["LAW", "l1_autograd", "paper_loop"]
 def plain_reference(weights):
     """measure, law and pull of the reference, layer by layer; under `torch.compile` it is a peer."""
     for weight in weights:
-        magnitude, sign, _ = reference.measure(weight)
-        charges = efreg.Charges(magnitude, sign, weight[0].numel())
+        magnitude, balance, _ = reference.measure(weight)
+        charges = efreg.Charges(magnitude, balance.sign(), weight[0].numel())
         reference.pull(weight.grad, weight, LAW.coefficients(charges))
 
 

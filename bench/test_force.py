@@ -6,8 +6,8 @@ import torch
 
 import efreg
 from efreg import backends
+from efreg.backends.rows import Rows
 from efreg.lab import models
-from efreg.table import Rows
 
 CPU = torch.device("cpu")
 NETWORKS = {
@@ -52,7 +52,13 @@ def hook(model, law=peers.LAW, **options):
     """The whole call that an optimizer's step makes into efreg."""
     force = efreg.attach(model, law=law, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return lambda: force.before_step(optimizer, (optimizer,), {})
+    grads = [parameter.grad for parameter in model.parameters()]
+
+    def call():
+        torch.autograd.graph.increment_version(grads)  # as a backward pass does
+        force._serving.before_step(optimizer, (optimizer,), {}, step=0, outermost=True)
+
+    return call
 
 
 @torch.no_grad()

@@ -5,12 +5,25 @@ force = efreg.attach(model, alpha=1e-12, layers=plan)     # train as before
 small = efreg.prune(model, plan, example_inputs=x)
 """
 
-from efreg import schedules
-from efreg.attachment import Attachment, attach
+from efreg.backends.native import BackendUnavailable
+from efreg.force import schedules
+from efreg.force.attachment import Attachment, attach
+from efreg.force.laws import (
+    L1,
+    LAWS,
+    Charges,
+    Electrostatic,
+    Gravity,
+    GReg1,
+    GReg2,
+    GroupLasso,
+    Ladder,
+    Law,
+    Torque,
+    resolve,
+)
+from efreg.force.penalty import measure, penalty
 from efreg.groups import Group, Member
-from efreg.laws import L1, LAWS, Charges, Electrostatic, GroupLasso, Ladder, Law
-from efreg.native import BackendUnavailable
-from efreg.ops import measure, penalty
 from efreg.pruning.files import load, save
 from efreg.pruning.inspecting import Inspection, inspect
 from efreg.pruning.planning import plan
@@ -29,6 +42,9 @@ __all__ = [
     "BackendUnavailable",
     "Charges",
     "Electrostatic",
+    "GReg1",
+    "GReg2",
+    "Gravity",
     "Group",
     "GroupLasso",
     "Inspection",
@@ -38,6 +54,7 @@ __all__ = [
     "Plan",
     "PruningError",
     "Report",
+    "Torque",
     "attach",
     "inspect",
     "load",
@@ -48,6 +65,7 @@ __all__ = [
     "prune",
     "recalibrate",
     "report",
+    "resolve",
     "save",
     "schedules",
 ]

@@ -7,7 +7,8 @@ from importlib import metadata
 import torch
 
 import efreg
-from efreg import backends, native
+from efreg import backends
+from efreg.backends import native
 
 PACKAGES = ("torch", "triton", "safetensors", "ninja", "torchvision")
 

@@ -2,8 +2,7 @@
 
 A unit is one channel, wherever it lies: rows of the weights that write it, its biases, its norm's scale,
 shift and statistics, the columns of the weights that read it. A group is the units that lie on the same axes
-of the same
-tensors: what a ratio applies to.
+of the same tensors: what a ratio applies to.
 """
 
 from collections.abc import Sequence
@@ -12,6 +11,9 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 PARTS = ("writes", "reads", "carries", "follows")
 """What a member is to its units: rows of a dense weight that make them; columns that take them in; bias,
@@ -58,8 +60,7 @@ class Group:
     name: of the module whose weight writes it first, in the model's order. size: how many units, N.
     silent: whether a unit is zero wherever it is read once all that it is written by is zero.
     approximate: a norm mixes its units, so that removing one changes what the others mean. watched: whether
-        the
-    members are all that there are; else the group is a layer's filters, of which no more is known.
+        the members are all that there are; else the group is a layer's filters, of which no more is known.
     """
 
     name: str

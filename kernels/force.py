@@ -1,11 +1,21 @@
-"""The operations on the filters of a whole model, one launch each, in Triton (defined in efreg/reference.py).
+"""The operations on the filters of a whole model, one launch each, in Triton.
 
-A program takes one *tile*: some whole filters of one row. The arrays of a table (efreg/table.py) say which:
+Their definition is in efreg/backends/reference.py.
+
+A program takes one *tile*: some whole filters of one row. The arrays of a table (efreg/backends/table.py) say
+which:
 
 tiles    [T, 2] int32     the tile's row, and the first of its filters
-layout   [rows, 4] int64  its filters, their size D, where its coefficients begin, where its statistics begin
+layout   [rows, 3] int64  its filters, their size D, where its statistics begin
 weights  [rows] int64     addresses
+units    [Σ filters] int32  of each filter, where its coefficient lies (−1: it has none)
 targets  [rows, 2] int64  address of the row's gradient (0: leave the row alone), and its turn
+
+What the rows of a *group* write together is charged together (efreg/backends/rows.py):
+
+owners   [rows] int32     the row's group
+groups   [G, 5] int64     its units N, where their coefficients begin, its tiles, K, where its members begin
+members  int32            [N, K] of each group: which filters write a unit, as statistics lie (−1: no more)
 
 A gradient's *turn* is 1 where it lies in memory as its weight does. Where one is contiguous and the other is
 channels_last, number i of a filter's gradient belongs to its weight's (i mod turn) · D/turn + i // turn.
@@ -21,14 +31,17 @@ import triton.language as tl
 
 from . import launch
 
-FIELDS = tl.constexpr(4)
+FIELDS, SHAPES = tl.constexpr(3), tl.constexpr(5)
 NARROW_FILTERS, NARROW_LANES = map(tl.constexpr, launch.NARROW)
 WIDE_FILTERS, WIDE_LANES = map(tl.constexpr, launch.WIDE)
 FLAT_FILTERS, FLAT_LANES = map(tl.constexpr, launch.FLAT)
-LAW_LANES, RANK_LANES = tl.constexpr(launch.LAW_LANES), tl.constexpr(launch.RANK_LANES)
+LAW_LANES = tl.constexpr(launch.LAW_LANES)
 NOWHERE = tl.constexpr(2**31 - 1)
 
-ARRAYS = ("tiles", "layout", "weights", "targets", "magnitude", "sign", "norm", "coefficients", "done")
+ARRAYS = (
+    "tiles", "layout", "weights", "units", "targets", "magnitude", "balance", "norm", "coefficients",
+    "owners", "groups", "members", "done",
+)  # fmt: skip
 NUMBERS = ("law", "scale", "rates", "found_inf")
 
 # Nothing is specialised to where an argument lies: what was compiled once serves at every later step.
@@ -128,12 +141,19 @@ def _kept(norm, c):
 
 
 @triton.jit
+def _coefficients(coefficients, units, inside):
+    """Those of filters with these units, 0 for a filter that has none."""
+    unit = tl.load(units, mask=inside, other=-1)
+    return tl.load(coefficients + unit, mask=unit >= 0, other=0.0)
+
+
+@triton.jit
 def _measure_tile(
     tile, to, FLAGS: tl.constexpr,
     ALIGNED: tl.constexpr, FILTERS: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     weight, _, first, filters, size, _ = tile
-    magnitude, sign, norm = to
+    magnitude, balance, norm = to
     COUNT: tl.constexpr = FLAGS[0]
     NORM: tl.constexpr = FLAGS[1]
     size = _known(size, ALIGNED, DTYPE)
@@ -147,10 +167,9 @@ def _measure_tile(
         w = tl.load(p + i, mask=inside & (i < size), other=0.0).to(ACC)
         lengths += tl.abs(w)
         balances += _sgn(w) if COUNT else w
-    m = _fold(lengths)
-    s = _sgn(tl.sum(balances, axis=1) if COUNT else _fold(balances)).to(ACC)
-    tl.store(magnitude + n, m, mask=n < filters)
-    tl.store(sign + n, tl.where(_finite(m), s, 0.0), mask=n < filters)
+    sums = tl.sum(balances, axis=1) if COUNT else _fold(balances)
+    tl.store(magnitude + n, _fold(lengths), mask=n < filters)
+    tl.store(balance + n, sums.to(ACC), mask=n < filters)
     if NORM:
         tl.store(norm + n, _norms(p, inside, size, LANES, ACC), mask=n < filters)
 
@@ -161,12 +180,12 @@ def _pull_tile(
     ALIGNED: tl.constexpr, FILTERS: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     weight, target, first, filters, size, turn = tile
-    coefficients, scale = to
+    coefficients, units, scale = to
     RADIAL: tl.constexpr = FLAGS[0]
     size = _known(size, ALIGNED, DTYPE)
     n = first + tl.arange(0, FILTERS)
     p_w, p_g = _pointers(weight, n, size, ALIGNED, DTYPE), _pointers(target, n, size, ALIGNED, DTYPE)
-    c = (tl.load(coefficients + n, mask=n < filters, other=0.0) * tl.load(scale))[:, None]
+    c = (_coefficients(coefficients, units + n, n < filters) * tl.load(scale))[:, None]
     acts = c != 0
     if RADIAL:
         c *= _inverse(_norms(p_w, acts, size, LANES, ACC))
@@ -189,13 +208,13 @@ def _shrink_tile(
     ALIGNED: tl.constexpr, FILTERS: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     weight, _, first, filters, size, _ = tile
-    coefficients, rate, found_inf = to
+    coefficients, units, rate, found_inf = to
     RADIAL: tl.constexpr = FLAGS[0]
     size = _known(size, ALIGNED, DTYPE)
     n = first + tl.arange(0, FILTERS)
     p = _pointers(weight, n, size, ALIGNED, DTYPE)
     by = tl.where(tl.load(found_inf) == 0, tl.load(rate), 0.0)
-    c = (tl.load(coefficients + n, mask=n < filters, other=0.0) * by)[:, None]
+    c = (_coefficients(coefficients, units + n, n < filters) * by)[:, None]
     acts = c != 0
     if RADIAL:
         kept = _kept(_norms(p, acts, size, LANES, ACC)[:, None], c)
@@ -233,136 +252,110 @@ def _on(tile, work: tl.constexpr, to, FLAGS: tl.constexpr, DTYPE: tl.constexpr, 
 
 @triton.jit
 def _tile(t, tiles, layout, weights):
-    """Tile t, its weight for a target; and the row, where its coefficients and where its statistics begin."""
+    """Tile t, its weight for a target; and the row, and where its statistics begin."""
     row = tl.load(tiles + 2 * t).to(tl.int64)
     first = tl.load(tiles + 2 * t + 1)
     p = layout + row * FIELDS
     weight = tl.load(weights + row)
     filters, size = tl.load(p).to(tl.int32), tl.load(p + 1).to(tl.int32)
-    return (weight, weight, first, filters, size, 1), row, tl.load(p + 2), tl.load(p + 3)
+    return (weight, weight, first, filters, size, 1), row, tl.load(p + 2)
 
 
 @triton.jit
-def _source(magnitude, filters, LANES: tl.constexpr, ACC: tl.constexpr):
-    """The largest finite magnitude of a layer, −1 if there is none, and the first filter that has it."""
+def _statistics(n, group, stats, LANES: tl.constexpr, ACC: tl.constexpr):
+    """Magnitude and sign of units n of a group: sums over all that writes them, NaN behind the last."""
+    filters, members, depth = group
+    magnitude, balance = stats
+    m, b = tl.zeros([LANES], ACC), tl.zeros([LANES], ACC)
+    for k in range(depth):
+        at = tl.load(members + n * depth + k, mask=n < filters, other=-1)
+        m += tl.load(magnitude + at, mask=at >= 0, other=0.0, cache_modifier=".cg")
+        b += tl.load(balance + at, mask=at >= 0, other=0.0, cache_modifier=".cg")
+    s = tl.where(_finite(m), _sgn(b).to(m.dtype), 0.0)
+    return tl.where(n < filters, m, float("nan")), s
+
+
+@triton.jit
+def _source(group, stats, LANES: tl.constexpr, ACC: tl.constexpr):
+    """The largest finite magnitude of a group, −1 if there is none, its sign, and the first unit that has it."""
     best, at = tl.full([LANES], -1, ACC), tl.full([LANES], 0, tl.int32)
-    for start in range(0, filters, LANES):
+    sign = tl.full([LANES], 0, ACC)
+    for start in range(0, group[0], LANES):
         n = start + tl.arange(0, LANES)
-        m = tl.load(magnitude + n, mask=n < filters, other=float("nan"), cache_modifier=".cg")
+        m, s = _statistics(n, group, stats, LANES, ACC)
         larger = _finite(m) & (m > best)
-        best, at = tl.where(larger, m, best), tl.where(larger, n, at)
+        best, at, sign = tl.where(larger, m, best), tl.where(larger, n, at), tl.where(larger, s, sign)
     largest = tl.max(best, axis=0)
-    return largest, tl.min(tl.where(best == largest, at, NOWHERE), axis=0)
+    source = tl.min(tl.where(best == largest, at, NOWHERE), axis=0)
+    return largest, tl.sum(tl.where((best == largest) & (at == source), sign, 0.0), axis=0), source
 
 
 @triton.jit
-def _electrostatic(magnitude, sign, coefficients, filters, law, LANES: tl.constexpr, ACC: tl.constexpr):
-    """Eq. 10 for a layer whose statistics are all there (efreg/laws.py: Electrostatic.coefficients)."""
-    m_src, source = _source(magnitude, filters, LANES, ACC)
-    s_src = tl.load(sign + source, cache_modifier=".cg")  # 0, too, where no filter is finite
+def _electrostatic(group, stats, coefficients, law, LANES: tl.constexpr, ACC: tl.constexpr):
+    """Eq. 10 for a group whose statistics are all there (efreg/force/laws.py: Electrostatic.coefficients)."""
+    m_src, s_src, source = _source(group, stats, LANES, ACC)
     strength = tl.zeros([LANES], ACC) + tl.load(law) * tl.abs(s_src)
     softening = tl.zeros([LANES], ACC) + tl.load(law + 1) * m_src
-    for start in range(0, filters, LANES):
+    for start in range(0, group[0], LANES):
         n = start + tl.arange(0, LANES)
-        m = tl.load(magnitude + n, mask=n < filters, other=0.0, cache_modifier=".cg")
-        s = tl.load(sign + n, mask=n < filters, other=0.0, cache_modifier=".cg")
+        m, s = _statistics(n, group, stats, LANES, ACC)
         r = _hypot(tl.abs(s_src * m_src - s * m), softening)
         c = _divide(strength, r) * _divide(tl.zeros([LANES], ACC) + m_src, r)
         acts = _finite(c) & _finite(m) & (n != source) & (s != 0)
-        tl.store(coefficients + n, tl.where(acts, c, 0.0), mask=n < filters)
-
-
-@triton.jit
-def _ladder(magnitude, coefficients, filters, law, LANES: tl.constexpr, ACC: tl.constexpr):
-    """c_n = strength · (rank_n / (N − 1))^p (efreg/laws.py: Ladder.coefficients), in N² / LANES steps."""
-    finite = tl.zeros([LANES], tl.int32)
-    for start in range(0, filters, LANES):
-        n = start + tl.arange(0, LANES)
-        m = tl.load(magnitude + n, mask=n < filters, other=float("nan"), cache_modifier=".cg")
-        finite += _finite(m).to(tl.int32)
-    last = tl.sum(finite, axis=0) - 1
-    power = tl.load(law + 1)
-    for start in range(0, filters, LANES):
-        n = start + tl.arange(0, LANES)
-        m = tl.load(magnitude + n, mask=n < filters, other=float("nan"), cache_modifier=".cg")
-        rank = tl.zeros([LANES], tl.int32)
-        for k in range(filters):
-            other = tl.load(magnitude + k)
-            other = tl.where(_finite(other), other, -1.0)
-            rank += ((other > m) | ((other == m) & (k < n))).to(tl.int32)
-        share = _divide(rank.to(ACC), tl.zeros([LANES], ACC) + tl.maximum(last, 1).to(ACC))
-        height = tl.where(power == 0, 1.0, tl.exp2(power * tl.log2(share)))
-        c = tl.where((last > 0) & _finite(m), tl.load(law) * height, 0.0)
-        tl.store(coefficients + n, c, mask=n < filters)
-
-
-@triton.jit
-def _l1(magnitude, coefficients, filters, law, LANES: tl.constexpr):
-    """c_n = α (efreg/laws.py: L1.coefficients)."""
-    for start in range(0, filters, LANES):
-        n = start + tl.arange(0, LANES)
-        m = tl.load(magnitude + n, mask=n < filters, other=0.0, cache_modifier=".cg")
-        tl.store(coefficients + n, tl.where(_finite(m), tl.load(law), 0.0), mask=n < filters)
+        tl.store(coefficients + n, tl.where(acts, c, 0.0), mask=n < group[0])
 
 
 @_kernel
 def measure_kernel(
-    tiles, layout, weights, magnitude, sign, norm,
+    tiles, layout, weights, magnitude, balance, norm,
     COUNT: tl.constexpr, NORM: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    tile, _, _, start = _tile(tl.program_id(0).to(tl.int64), tiles, layout, weights)
-    to = (magnitude + start, sign + start, norm + start)
+    tile, _, start = _tile(tl.program_id(0).to(tl.int64), tiles, layout, weights)
+    to = (magnitude + start, balance + start, norm + start)
     _on(tile, _measure_tile, to, (COUNT, NORM), DTYPE, ACC)
 
 
 @_kernel
 def charge_kernel(
-    tiles, layout, weights, magnitude, sign, coefficients, done, law,
-    KIND: tl.constexpr, COUNT: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr,
+    tiles, layout, weights, owners, groups, members, done, magnitude, balance, coefficients, law,
+    COUNT: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    tile, row, offset, start = _tile(tl.program_id(0).to(tl.int64), tiles, layout, weights)
-    _on(tile, _measure_tile, (magnitude + start, sign + start, sign), (COUNT, False), DTYPE, ACC)
-    _, _, _, filters, size, _ = tile
-    in_a_tile = tl.where(size <= NARROW_LANES, NARROW_FILTERS, WIDE_FILTERS)
-    tiles_of_row = tl.cdiv(filters, tl.where(size == 1, FLAT_FILTERS, in_a_tile))
-    # The last program of a row to come here finds all statistics written: its stores before the barrier, the
-    # barrier before the atomic. It applies the law and leaves the counter as it was.
+    tile, row, start = _tile(tl.program_id(0).to(tl.int64), tiles, layout, weights)
+    _on(tile, _measure_tile, (magnitude + start, balance + start, balance), (COUNT, False), DTYPE, ACC)
+    owner = tl.load(owners + row).to(tl.int64)
+    p = groups + owner * SHAPES
+    # The last program of a group to come here finds all statistics written: its stores before the barrier,
+    # the barrier before the atomic. It applies the law and leaves the counter as it was.
     tl.debug_barrier()
-    if tl.atomic_add(done + row, 1, sem="acq_rel", scope="gpu") == tiles_of_row - 1:
-        if KIND == "electrostatic":
-            _electrostatic(
-                magnitude + start, sign + start, coefficients + offset, filters, law, LAW_LANES, ACC
-            )
-        elif KIND == "ladder":
-            _ladder(magnitude + start, coefficients + offset, filters, law, RANK_LANES, ACC)
-        else:
-            _l1(magnitude + start, coefficients + offset, filters, law, LAW_LANES)
-        tl.store(done + row, 0)
+    if tl.atomic_add(done + owner, 1, sem="acq_rel", scope="gpu") == tl.load(p + 2) - 1:
+        group = (tl.load(p).to(tl.int32), members + tl.load(p + 4), tl.load(p + 3).to(tl.int32))
+        _electrostatic(group, (magnitude, balance), coefficients + tl.load(p + 1), law, LAW_LANES, ACC)
+        tl.store(done + owner, 0)
 
 
 @_kernel
 def pull_kernel(
-    tiles, layout, weights, targets, coefficients, scale,
+    tiles, layout, weights, units, targets, coefficients, scale,
     RADIAL: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     # Backwards: what was measured last is still in the cache.
     t = tl.num_programs(0) - 1 - tl.program_id(0).to(tl.int64)
-    tile, row, offset, _ = _tile(t, tiles, layout, weights)
+    tile, row, start = _tile(t, tiles, layout, weights)
     weight, _, first, filters, size, _ = tile
     target, turn = tl.load(targets + 2 * row), tl.load(targets + 2 * row + 1).to(tl.int32)
     if target != 0:
         tile = (weight, target, first, filters, size, turn)
-        _on(tile, _pull_tile, (coefficients + offset, scale), (RADIAL,), DTYPE, ACC)
+        _on(tile, _pull_tile, (coefficients, units + start, scale), (RADIAL,), DTYPE, ACC)
 
 
 @_kernel
 def shrink_kernel(
-    tiles, layout, weights, coefficients, rates, found_inf,
+    tiles, layout, weights, units, coefficients, rates, found_inf,
     RADIAL: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     t = tl.num_programs(0) - 1 - tl.program_id(0).to(tl.int64)
-    tile, row, offset, _ = _tile(t, tiles, layout, weights)
-    _on(tile, _shrink_tile, (coefficients + offset, rates + row, found_inf), (RADIAL,), DTYPE, ACC)
+    tile, row, start = _tile(t, tiles, layout, weights)
+    _on(tile, _shrink_tile, (coefficients, units + start, rates + row, found_inf), (RADIAL,), DTYPE, ACC)
 
 
 class _Launcher:
@@ -410,9 +403,6 @@ TYPES = {
     torch.float64: tl.float64,
 }
 
-KINDS = ("electrostatic", "ladder", "l1")
-"""The laws that `charge` knows."""
-
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -432,37 +422,46 @@ _pull = _Launcher(pull_kernel)
 _shrink = _Launcher(shrink_kernel)
 
 
-def measure(tiles, layout, weights, magnitude, sign, norm, count: bool, dtype: torch.dtype) -> None:
-    """Writes the statistics of all filters, [Σ N] each, row behind row; `norm` may be None."""
+def measure(tiles, layout, weights, magnitude, balance, norm, count: bool, dtype: torch.dtype) -> None:
+    """Writes the statistics of all filters, [Σ filters] each, row behind row; `norm` may be None."""
     norms = magnitude if norm is None else norm
-    _measure(dtype, tiles, layout, weights, magnitude, sign, norms, COUNT=count, NORM=norm is not None)
+    _measure(dtype, tiles, layout, weights, magnitude, balance, norms, COUNT=count, NORM=norm is not None)
 
 
 def charge(
     tiles,
     layout,
     weights,
-    magnitude,
-    sign,
-    coefficients,
+    owners,
+    groups,
+    members,
     done,
+    magnitude,
+    balance,
+    coefficients,
     law,
-    kind: str,
     count: bool,
     dtype: torch.dtype,
 ) -> None:
-    """Writes statistics, then each row's coefficients by a law of KINDS with the numbers `law` [2].
+    """Writes statistics, then each group's coefficients by Eq. 10 with the numbers `law`: α · k_e and ε.
 
-    done: [rows] int32, zeros, and zeros again afterwards.
+    done: [G] int32, zeros, and zeros again afterwards.
     """
-    _charge(dtype, tiles, layout, weights, magnitude, sign, coefficients, done, law, KIND=kind, COUNT=count)
+    _charge(
+        dtype, tiles, layout, weights, owners, groups, members, done, magnitude, balance, coefficients, law,
+        COUNT=count,
+    )  # fmt: skip
 
 
-def pull(tiles, layout, weights, targets, coefficients, scale, radial: bool, dtype: torch.dtype) -> None:
+def pull(
+    tiles, layout, weights, units, targets, coefficients, scale, radial: bool, dtype: torch.dtype
+) -> None:
     """gradients += scale · c_n · sgn(w), or scale · c_n · w/‖w_n‖₂ where `radial`; scale: 0-dim."""
-    _pull(dtype, tiles, layout, weights, targets, coefficients, scale, RADIAL=radial)
+    _pull(dtype, tiles, layout, weights, units, targets, coefficients, scale, RADIAL=radial)
 
 
-def shrink(tiles, layout, weights, coefficients, rates, found_inf, radial: bool, dtype: torch.dtype) -> None:
+def shrink(
+    tiles, layout, weights, units, coefficients, rates, found_inf, radial: bool, dtype: torch.dtype
+) -> None:
     """w ← sgn(w) · max(|w| − t, 0) at t = rates[row] · c_n, or its radial twin; found_inf ≠ 0: nothing."""
-    _shrink(dtype, tiles, layout, weights, coefficients, rates, found_inf, RADIAL=radial)
+    _shrink(dtype, tiles, layout, weights, units, coefficients, rates, found_inf, RADIAL=radial)

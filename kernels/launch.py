@@ -25,9 +25,6 @@ FLAT = Tile(filters=128, lanes=1)
 LAW_LANES = 256
 """Filters at a time where a law is applied to a whole layer: more would cost every program registers."""
 
-RANK_LANES = 128
-"""The same for a law that ranks them, which takes more registers for each."""
-
 THREADS = 128
 """Of a program: each holds 8 numbers, which are two loads of 16 bytes in float32 and one in bfloat16."""
 
@@ -42,7 +39,7 @@ def measure_registers(accumulator_bytes: int) -> int:
 
 def charge_registers(accumulator_bytes: int) -> int:
     """The same for `charge`, where ptxas 12.9 left to itself goes down to 40 for sm_80."""
-    return 48 if accumulator_bytes == 4 else 80
+    return 56 if accumulator_bytes == 4 else 96
 
 
 def filters_a_tile(size: int) -> int:

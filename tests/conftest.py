@@ -9,8 +9,9 @@ import hypothesis
 import pytest
 import torch
 
-from efreg import backends, stepping
-from efreg.native import BackendUnavailable
+from efreg import backends
+from efreg.backends.native import BackendUnavailable
+from efreg.force import attachment
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
@@ -49,8 +50,8 @@ def _fresh_start():
     torch.set_num_threads(1)
     yield
     torch.set_flush_denormal(False)  # the lab's engine flushes them for the whole process
-    for subscriber in tuple(stepping._subscribers):
-        subscriber.detach()
+    for force in tuple(attachment._attached):
+        force.detach()
 
 
 @pytest.fixture(params=CPU_BACKENDS)

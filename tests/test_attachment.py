@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import efreg
-from efreg import stepping
+from efreg.force import stepping
 
 ALPHA = 1e-12
 
@@ -262,18 +262,18 @@ def test_as_a_context_manager_it_detaches_at_the_end(net):
     assert torch.equal(net[0].weight, before)
 
 
-def test_a_group_dies_with_its_use(net):
+def test_a_batch_dies_with_its_use(net):
     """By reference counts alone: what it holds may be a GPU's memory."""
     force = efreg.attach(net, ALPHA)
     backward(net, batch())
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     optimizer.step()
-    ((_, (group,)),) = force._groups.values()
-    group = weakref.ref(group)
+    ((_, (batch_,)),) = force._serving._batches.values()
+    batch_ = weakref.ref(batch_)
     gc.disable()
     try:
         force.detach()
-        assert group() is None
+        assert batch_() is None
     finally:
         gc.enable()
 
@@ -366,18 +366,32 @@ def test_a_layer_that_lost_filters_is_charged_anew(net):
     torch.testing.assert_close(net[2].weight.grad, other.view(-1, 1, 1, 1) * net[2].weight.detach().sign())
 
 
-def test_a_module_that_was_replaced_is_dropped(net):
-    force = efreg.attach(net, ALPHA)
+def test_a_module_that_was_replaced_is_followed_by_its_name(net):
+    force = efreg.attach(net, law=efreg.L1(1.0))
     net[0] = nn.Conv2d(1, 6, 3).double()
-    assert list(force.charges()) == ["2"]
+    assert list(force.charges()) == ["0", "2"]
+    before = net[0].weight.detach().clone()
+    net[0].weight.grad = torch.zeros_like(net[0].weight)
+    torch.optim.SGD(net.parameters(), lr=0.1).step()
+    torch.testing.assert_close(net[0].weight.detach(), before - 0.1 * before.sign())
     force.load_state_dict(force.state_dict())
 
 
-def test_a_weight_that_is_parametrised_later_is_named(net):
-    efreg.attach(net, ALPHA)
-    nn.utils.parametrizations.weight_norm(net[2])
-    with pytest.raises(ValueError, match="2.weight is parametrised"):
-        torch.optim.SGD(net.parameters(), lr=0.1).step()
+@pytest.mark.parametrize("spoil", ["parametrised", "gone"])
+def test_what_is_lost_is_reported_and_the_rest_goes_on(net, spoil, caplog):
+    efreg.attach(net, law=efreg.L1(1.0))
+    if spoil == "gone":
+        net[2] = nn.Identity()
+    else:
+        nn.utils.parametrizations.weight_norm(net[2])
+    for _ in range(2):
+        before = net[0].weight.detach().clone()
+        net[0].weight.grad = torch.zeros_like(net[0].weight)
+        torch.optim.SGD([net[0].weight], lr=0.05).step()
+        torch.testing.assert_close(net[0].weight.detach(), before - 0.05 * before.sign())
+    assert [message for message in caplog.messages if "2.weight" in message] == [
+        "these are no longer in the model as they were, no force acts on them: 2.weight"
+    ]
 
 
 class Careless(efreg.Law):
@@ -409,7 +423,9 @@ class Misshapen(efreg.Law):
 def test_a_law_of_the_wrong_shape_is_named(net):
     efreg.attach(net, law=Misshapen(1.0))
     backward(net, batch())
-    with pytest.raises(ValueError, match=r"Misshapen.coefficients gave \(\) for 6 filters"):
+    with pytest.raises(
+        ValueError, match=r"Misshapen.coefficients gave a tensor \(\) for magnitudes \(2, 6\)"
+    ):
         torch.optim.SGD(net.parameters(), lr=0.1).step()
 
 
@@ -460,7 +476,7 @@ def test_weights_that_no_optimizer_steps_are_reported_once(net, caplog):
         for _ in range(50):
             net[0].weight.grad = torch.zeros_like(net[0].weight)
             optimizer.step()
-    assert [r.getMessage().endswith(": 2") for r in caplog.records] == [True]
+    assert [r.getMessage().endswith(": 2.weight") for r in caplog.records] == [True]
 
 
 def test_two_optimizers_of_one_model_are_no_reason_to_report(net, caplog):
@@ -524,7 +540,7 @@ class Radial(efreg.Law):
     direction = "radial"
 
     def coefficients(self, charges):
-        return torch.full_like(charges.magnitude, self.alpha * math.sqrt(charges.size))
+        return torch.full_like(charges.magnitude, 1.0) * self.alpha * charges.size**0.5
 
 
 def test_a_radial_law_of_the_users_own(net, name):

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 import efreg
-from efreg import backends, native
-from efreg.table import Rows
+from efreg import backends
+from efreg.backends import native
+from efreg.backends.rows import Groups, Rows
 
 CPU = torch.device("cpu")
 
@@ -66,7 +67,7 @@ except efreg.BackendUnavailable as error:
 
 @pytest.mark.slow
 def test_a_build_killed_midway_does_not_hang_the_next_start(tmp_path):
-    code = "from efreg import native; native.load(native.CPP); print('built')"
+    code = "from efreg.backends import native; native.load(native.CPP); print('built')"
     env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     first = subprocess.Popen(
         [sys.executable, "-c", code], env=env, start_new_session=True, stderr=subprocess.DEVNULL
@@ -120,17 +121,21 @@ def test_the_modules_name_changes_with_torch_and_sources(monkeypatch, tmp_path):
 def test_cpp_refuses_tensors_that_do_not_fit():
     module = native.load(native.CPP)
     ones, c = torch.ones(2, 3), torch.ones(2)
-    law = module.Law(module.Law.Kind.l1, 1.0, 0.0, True)
-    for grads, weights, coefficients, offsets, message in [
-        ([ones], [torch.ones(2, 4)], c, [0], "differ in shape"),
-        ([ones.double()], [ones], c, [0], "they must agree"),
-        ([ones], [ones], c, [1], "need as many coefficients"),
-        ([ones], [ones], c.double(), [0], "coefficients must be"),
-        ([ones, ones], [ones], c, [0], "as many"),
-        ([ones, ones.double()], [ones, ones.double()], c, [0, 0], "share a dtype"),
+    units = torch.arange(2, dtype=torch.int32)
+    law = module.Electrostatic(1.0, 0.0, True)
+    groups = Groups.of(Rows.of([ones], [0])).packed
+    for grads, weights, coefficients, places, message in [
+        ([ones], [torch.ones(2, 4)], c, units, "differ in shape"),
+        ([ones.double()], [ones], c, units, "they must agree"),
+        ([ones], [ones], c, units + 1, "need as many coefficients"),
+        ([ones], [ones], c, units[:1], "need a unit each"),
+        ([ones], [ones], c[:1], units - 1, "need as many coefficients"),
+        ([ones], [ones], c.double(), units, "coefficients must be"),
+        ([ones, ones], [ones], c, units, "as many"),
+        ([ones, ones.double()], [ones, ones.double()], c, units, "share a dtype"),
     ]:
         with pytest.raises(RuntimeError, match=message):
-            module.force(grads, weights, coefficients, offsets, [0] * len(weights), len(weights), law, 1.0)
+            module.force(grads, weights, coefficients, *groups, places, [0] * len(weights), law, 1.0)
 
 
 def test_autograd_sees_that_weights_changed():

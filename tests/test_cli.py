@@ -40,7 +40,7 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ("--law gravity", ["law 'gravity'", "electrostatic, ladder, l1"]),
+        ("--law gravitation", ["law 'gravitation'", "electrostatic, gravity, torque"]),
         ("--model resnet57", ["model 'resnet57'", "resnet14", "did you mean"]),
         ("--model vgg19", ["vgg19 cannot take images of 1x8x8", "choose another --model"]),
         ("--dataset imagenet", ["data set 'imagenet'", "digits, mnist"]),
@@ -185,7 +185,7 @@ def test_an_error_of_many_lines_becomes_one(monkeypatch, capsys):
 
 def test_verbose_shows_where_an_error_arose():
     with pytest.raises(ValueError, match="unknown law"):
-        cli.main(["train", "-v", "--law", "gravity"])
+        cli.main(["train", "-v", "--law", "gravitation"])
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -237,7 +237,7 @@ def test_every_option_reaches_the_settings(monkeypatch):
         "train --dataset mnist --data here --download --model resnet32 --weights w.pt --law l1 --alpha 0.01 "
         "--refresh 3 --update proximal --backend reference --ratio 0.65 --skip 1.0 2.1 --schedule p2 "
         "--epochs 7 --lr 0.2 --batch-size 9 --weight-decay 5e-4 --seed 4 --device cpu --out there "
-        "--scope filter --power 2 --alpha-schedule cosine --alpha-until 0.5 --precision auto --channels-last "
+        "--scope filter --alpha-schedule cosine --alpha-until 0.5 --precision auto --channels-last "
         "--step compile --held-out 100"
     )
     assert cli.main(line.split()) == 0
@@ -249,7 +249,6 @@ def test_every_option_reaches_the_settings(monkeypatch):
         "weights": "w.pt",
         "law": "l1",
         "alpha": 0.01,
-        "power": 2.0,
         "alpha_schedule": "cosine",
         "alpha_until": 0.5,
         "scope": "filter",
@@ -279,9 +278,7 @@ def test_every_option_reaches_the_settings(monkeypatch):
 
 def test_prune_takes_dead_filters_away(tmp_path, capsys, caplog):
     """Accuracy and outputs stay; without dead filters one line says so, and the copy is equal."""
-    line = (
-        "train --model resnet14 --law ladder --alpha 8 --power 4 --scope filter --update proximal --epochs 3"
-    )
+    line = "train --model resnet14 --law ladder:power=4 --alpha 8 --scope filter --update proximal --epochs 3"
     assert cli.main([*line.split(), "--device", "cpu", "--out", "run"]) == 0
     assert cli.main(["prune", "run/checkpoint.pt", "--dead"]) == 0
     whole = engine.restore(checkpoints.load("run/checkpoint.pt"))

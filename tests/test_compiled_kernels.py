@@ -27,11 +27,7 @@ SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 # Both values of every flag, but not each with each of another: no two decide about the same lines.
 VARIANTS = {
     "measure": [{"COUNT": True, "NORM": False}, {"COUNT": False, "NORM": True}],
-    "charge": [
-        {"KIND": "electrostatic", "COUNT": False},
-        {"KIND": "ladder", "COUNT": True},
-        {"KIND": "l1", "COUNT": True},
-    ],
+    "charge": [{"COUNT": True}, {"COUNT": False}],
     "pull": [{"RADIAL": False}, {"RADIAL": True}],
     "shrink": [{"RADIAL": False}, {"RADIAL": True}],
 }
@@ -40,6 +36,10 @@ VARIANTS = {
 POINTEES = {
     "tiles": "i32",
     "layout": "i64",
+    "units": "i32",
+    "owners": "i32",
+    "groups": "i64",
+    "members": "i32",
     "weights": "i64",
     "targets": "i64",
     "done": "i32",
@@ -61,7 +61,6 @@ def compile_all(backend, arch, warp_size):
     triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: target))
     types = {str(dtype).removeprefix("torch."): type_ for dtype, type_ in force.TYPES.items()}
     assert types.keys() == SIZES.keys()
-    assert [flags["KIND"] for flags in VARIANTS["charge"]] == [*force.KINDS]
     for name, variants in VARIANTS.items():
         kernel = getattr(force, f"{name}_kernel")
         for dtype in SIZES:

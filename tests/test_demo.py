@@ -24,7 +24,7 @@ NAMES = [
     "electrostatic, whole filter",
     "ladder, whole filter",
 ]
-RATIOS = (0.0, 0.3, 0.5, 0.9)
+RATIOS = (0.0, 0.5, 0.9)
 STEMS = [name.lower().replace(", ", "-").replace(" ", "-") for name in NAMES]
 
 

@@ -174,7 +174,7 @@ def test_a_row_of_the_log():
     assert 0 < row["loss"] < 10
 
 
-LADDER = {"law": "ladder", "alpha": 8.0, "power": 4.0, "scope": "filter", "update": "proximal"}
+LADDER = {"law": "ladder:power=4", "alpha": 8.0, "scope": "filter", "update": "proximal"}
 
 
 def test_the_log_counts_dead_filters_and_the_macs_without_them():
@@ -828,9 +828,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(step, force, tmp_path, monkeypat
         ({"model": "vgg19"}, "vgg19 cannot take images of 1x8x8 .*: choose another --model"),
         ({"model": "picky"}, "picky cannot take images of 1x8x8 .*224.*: choose another --model"),
         ({"model": "resnet18"}, "resnet18 takes 3 channels, not 1"),
-        ({"law": "gravity"}, "unknown law 'gravity': there are electrostatic, ladder, l1, group_lasso"),
-        ({"power": 2.0}, "power is the ladder's, the law is electrostatic"),
-        ({"law": "ladder", "power": -2.0}, "power is -2.0"),
+        ({"law": "gravitation"}, "unknown law 'gravitation': there are electrostatic, gravity"),
+        ({"law": "electrostatic:power=2"}, "law 'electrostatic' has no parameter 'power=2': there are k_e="),
+        ({"law": "ladder:power=-2"}, "power is -2"),
         ({"scope": "all"}, "unknown scope 'all': there are weights, filter"),
         ({"alpha_schedule": "sine"}, "'sine': there are constant, warmup, linear, cosine"),
         ({"alpha_until": 0.5}, "a constant alpha has no end: name an --alpha-schedule, or drop --alpha-u"),
@@ -863,7 +863,7 @@ def test_missing_weights_are_named(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"law": "gravity"},
+        {"law": "gravitation"},
         {"model": "resnet21"},
         {"alpha": -1.0},
         {"ratio": "1"},

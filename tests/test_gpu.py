@@ -29,8 +29,8 @@ from torch.utils._pytree import tree_leaves
 
 import efreg
 from efreg import backends
-from efreg.reference import accumulator
-from efreg.table import Rows
+from efreg.backends.reference import accumulator
+from efreg.backends.rows import Groups, Rows
 
 pytestmark = pytest.mark.gpu
 
@@ -112,6 +112,11 @@ def misaligned(tensor, shift):
     return buffer[shift : shift + tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
+def force(backend, grads, rows, coefficients, law, scale):
+    """`Backend.force` with each row a group of its own."""
+    backend.force(grads, rows, Groups.of(rows), coefficients, law, scale=scale)
+
+
 def rows_of(weights):
     return Rows.of(weights, [0] * len(weights))
 
@@ -125,9 +130,9 @@ def test_force_against_float64(backend, dtype, shift, law):
     grads = [misaligned(g, shift) for g in tensors(SHAPES, dtype)]
     before, rows = [exactly(g) for g in grads], rows_of(weights)
     c = torch.full((sum(map(len, weights)),), math.nan, dtype=acc, device=DEVICE)
-    backend.force(grads, rows, c, law, scale=2.0)
+    force(backend, grads, rows, c, law, scale=2.0)
     measured = rows.charges(*backend.measure(rows, sign=law.sign, norm=False))
-    for w, g, g0, charges, cut in zip(weights, grads, before, measured, rows.cut(c), strict=True):
+    for w, g, g0, charges, cut in zip(weights, grads, before, measured, c.split(rows.filters), strict=True):
         m, s, w = exactly(charges.magnitude), exactly(charges.sign), w.cpu()
         plain = w.to(acc).abs().flatten(1).sum(1).double() if w.numel() else m
         exact = torch.from_numpy(oracle.magnitudes(w)).double()
@@ -155,7 +160,7 @@ def test_pull_and_shrink_against_float64(backend, dtype, shift, radial):
     old = [(exactly(w), exactly(g)) for w, g in zip(weights, grads, strict=True)]
     backend.pull(grads, rows, c, scale=3.0, radial=radial)
     backend.shrink(rows, c, rates=[0.7] * len(weights), radial=radial)
-    for w, g, (w0, g0), cut in zip(weights, grads, old, rows.cut(c), strict=True):
+    for w, g, (w0, g0), cut in zip(weights, grads, old, c.split(rows.filters), strict=True):
         cut = exactly(cut).view(-1, *[1] * (w0.ndim - 1))
         norm = w0.flatten(1).norm(dim=1).view(cut.shape)
         direction = torch.where(norm > 0, w0 / norm, 0) if radial else w0.sign()
@@ -222,7 +227,7 @@ def test_a_hundred_runs_give_the_same_bits(backend):
     start, found = tensors(SHAPES, torch.float32), []
     for _ in range(REPEATS):
         grads, c = [g.clone() for g in start], torch.empty(sum(map(len, weights)), device=DEVICE)
-        backend.force(grads, rows_of(weights), c, LAWS[0], scale=1.0)
+        force(backend, grads, rows_of(weights), c, LAWS[0], scale=1.0)
         found.append(torch.cat([c, *(g.flatten() for g in grads)]))
     assert all(torch.equal(f, found[0]) for f in found[1:])
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import efreg
-from efreg.reference import accumulator
-from efreg.table import Rows
+from efreg.backends.reference import accumulator
+from efreg.backends.rows import Groups, Rows
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -86,9 +86,9 @@ def test_every_backend_climbs_the_same_ladder(backend, dtype, power):
     weights[3][7, 0], weights[3][8, 1], weights[1][0, 0, 0, 0] = math.nan, math.inf, -math.inf
     rows = Rows.of(weights, [0] * len(weights))
     c = torch.full((sum(map(len, weights)),), math.nan, dtype=accumulator(dtype))
-    backend.charge(rows, c, efreg.Ladder(0.03, power))
-    magnitudes = rows.cut(backend.measure(rows, sign="count", norm=False)[0])
-    for m, found in zip(magnitudes, rows.cut(c), strict=True):
+    backend.charge(Groups.of(rows), c, efreg.Ladder(0.03, power))
+    magnitudes = backend.measure(rows, sign="count", norm=False)[0].split(rows.filters)
+    for m, found in zip(magnitudes, c.split(rows.filters), strict=True):
         expected = torch.tensor(by_hand(m.tolist(), 0.03, power), dtype=torch.float64)
         # x^p as 2^(p log2 x) has the error of p log2 x, which is p log2 N at most.
         roundings = 4 + 2 * power * math.log2(max(2, len(m)))

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import efreg
 from efreg import backends
-from efreg.table import Rows
+from efreg.backends.rows import Groups, Rows
 
 force = pytest.importorskip("efreg.kernels.force", reason="Triton is not installed")
 
@@ -34,7 +35,7 @@ def network(layers, dtypes=(torch.float32,)):
 
 
 def steps(net, count, **settings):
-    efreg.attach(net, layers="*", backend="triton", **settings)
+    efreg.attach(net, layers="*", backend="triton", check=None, **settings)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     for _ in range(count):
         for parameter in net.parameters():
@@ -58,31 +59,66 @@ def test_launches_do_not_depend_on_the_layers(launched, layers, settings, first,
     assert launched == first + 2 * later
 
 
+TAKES = [(efreg.Electrostatic(1e-12), "charge"), (efreg.Ladder(1e-2), "measure")]
+
+
 @pytest.mark.parametrize("layers", [1, 3, 100])
-@pytest.mark.parametrize("law", [efreg.Electrostatic(1e-12), efreg.Ladder(1e-2)], ids=str)
+@pytest.mark.parametrize("law, takes", TAKES)
 @pytest.mark.parametrize(
     "settings, first, later",
     [
-        ({"refresh": 1}, ["charge", "pull"], ["charge", "pull"]),
-        ({"refresh": None}, ["charge", "pull"], ["pull"]),
-        ({"refresh": None, "update": "proximal"}, ["charge", "shrink"], ["shrink"]),
+        ({"refresh": 1}, ["pull"], True),
+        ({"refresh": None}, ["pull"], False),
+        ({"refresh": None, "update": "proximal"}, ["shrink"], False),
     ],
     ids=str,
 )
-def test_the_whole_filter_goes_in_the_same_launches(launched, layers, law, settings, first, later):
+def test_the_whole_filter_goes_in_the_same_launches(launched, layers, law, takes, settings, first, later):
     """A norm's scale and shift are rows of the same table, with their layer's coefficients."""
     net = nn.Sequential()
     for _ in range(layers + 1):
         net.append(nn.Conv2d(2, 2, 1)).append(nn.BatchNorm2d(2))
     plan = efreg.plan(net, {f"0-{layers - 1}": 0.5}, example_inputs=torch.randn(2, 2, 3, 3))
     assert sum(map(len, plan.members.values())) == 4 * layers
-    efreg.attach(net, law=law, layers=plan, scope="filter", backend="triton", **settings)
+    efreg.attach(net, law=law, layers=plan, scope="filter", backend="triton", check=None, **settings)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     for _ in range(3):
         for parameter in net.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-    assert launched == first + 2 * later
+    assert launched == [takes, *first] + 2 * ([takes] * later + first)
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operations of torch that do more than look at a tensor in another way."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+LAWS = [law(1e-3) for law in efreg.LAWS.values()]
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: type(law).__name__)
+def test_operations_of_torch_do_not_depend_on_the_layers(launched, law):
+    """Those of the law are a few dozen a step for all layers; the paper's law has none."""
+    counts = []
+    for layers in (2, 20):
+        net = network(layers)
+        force = efreg.attach(net, layers="*", backend="triton", check=None, law=law, refresh=1)
+        for counted in (Counted(), Counted()):
+            for parameter in net.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            with counted:
+                force.pull()
+        counts.append(counted.count)
+        force.detach()
+    assert counts[0] == counts[1] <= (0 if law == efreg.Electrostatic(1e-3) else 100), counts
 
 
 def test_a_law_of_the_users_own_runs_between_the_launches(launched):
@@ -99,7 +135,7 @@ def test_penalty_uses_the_same_kernels(launched, monkeypatch):
     """One launch forward, one backward."""
     monkeypatch.setenv("EFREG_BACKEND", "triton")
     efreg.penalty(network(4), efreg.L1(1e-3), layers="*").backward()
-    assert launched == ["charge", "pull"]
+    assert launched == ["measure", "pull"]
 
 
 class Fake:
@@ -126,7 +162,7 @@ def test_nothing_is_compiled_after_the_first_step(monkeypatch):
     backend, weight = backends.select("triton", CPU), torch.randn(4, 5)
     rows, c = Rows.of([weight], [0]), torch.zeros(4)
     for epoch in range(200):
-        backend.charge(rows, c, efreg.Electrostatic(1e-12 * (epoch + 1), softening=0.01 * epoch))
+        backend.charge(Groups.of(rows), c, efreg.Electrostatic(1e-12 * (epoch + 1), softening=0.01 * epoch))
         backend.pull([torch.zeros(4, 5)], rows, c, scale=torch.tensor(2.0**epoch % 1e30), radial=False)
         found_inf = torch.tensor(float(epoch % 2))
         backend.shrink(rows, c, rates=[0.1 / (epoch + 1)], found_inf=found_inf, radial=False)
@@ -137,7 +173,7 @@ def test_nothing_is_compiled_after_the_first_step(monkeypatch):
 def test_a_compiled_kernel_gets_addresses_in_the_kernels_order(monkeypatch):
     fake = Fake()
     monkeypatch.setattr(force, "_pull", force._Launcher(fake))
-    tensors = [torch.zeros(3, 2)] + [torch.zeros(2) for _ in range(5)]
+    tensors = [torch.zeros(3, 2)] + [torch.zeros(2) for _ in range(6)]
     for _ in range(2):
         force.pull(*tensors, True, torch.bfloat16)
     grid, arguments = fake.launches[0]
@@ -148,7 +184,7 @@ def test_a_compiled_kernel_gets_addresses_in_the_kernels_order(monkeypatch):
     assert names[-3:] == ["RADIAL", "DTYPE", "ACC"] and len(names) == len(arguments)
 
 
-@pytest.mark.parametrize("name, constants", [("measure", 4), ("charge", 4), ("pull", 3), ("shrink", 3)])
+@pytest.mark.parametrize("name, constants", [("measure", 4), ("charge", 3), ("pull", 3), ("shrink", 3)])
 def test_kernels_take_tensors_first_and_constants_last(name, constants):
     """_Launcher relies on it; and no tensor's address is specialised, or the next would need a compiler."""
     names = getattr(force, f"{name}_kernel").arg_names
@@ -162,14 +198,15 @@ def test_offsets_have_64_bits():
     weight, grad = torch.randn(size), torch.randn(size)
     before, shift = grad.clone(), (filters - 1) * size * dtype.itemsize
     tiles = torch.tensor([[0, filters - 1]], dtype=torch.int32)
-    layout = torch.tensor([[filters, size, 0, 0]])
+    layout = torch.tensor([[filters, size, 0]])
+    units = torch.arange(filters, dtype=torch.int32)
     addresses = torch.tensor([weight.data_ptr() - shift])
     targets = torch.tensor([[grad.data_ptr() - shift, 1]])
-    magnitude, sign = torch.zeros(2, filters)
-    force.measure(tiles, layout, addresses, magnitude, sign, None, True, dtype)
+    magnitude, balance = torch.zeros(2, filters)
+    force.measure(tiles, layout, addresses, magnitude, balance, None, True, dtype)
     torch.testing.assert_close(magnitude[-1], weight.abs().sum())
     assert not magnitude[:-1].any()
     c = torch.zeros(filters)
     c[-1] = 0.5
-    force.pull(tiles, layout, addresses, targets, c, torch.tensor(1.0), False, dtype)
+    force.pull(tiles, layout, addresses, units, targets, c, torch.tensor(1.0), False, dtype)
     torch.testing.assert_close(grad, before + 0.5 * weight.sign())

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import efreg
-from efreg.laws import COULOMB, resolve
+from efreg.force.laws import COULOMB, resolve
 
 ALPHA = 1e-12
 FORCE = ALPHA * COULOMB
@@ -162,7 +162,7 @@ def test_bad_parameters_are_refused(error, names, arguments):
 
 def test_laws_by_name():
     assert resolve("l1", 0.01) == efreg.L1(0.01)
-    with pytest.raises(ValueError, match="'gravitation'.*electrostatic, ladder, l1"):
+    with pytest.raises(ValueError, match="'gravitation'.*electrostatic, gravity, torque, ladder, l1"):
         resolve("gravitation", 1.0)
     with pytest.raises(ValueError, match="alpha"):
         resolve("electrostatic", None)

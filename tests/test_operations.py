@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import efreg
-from efreg.reference import accumulator
-from efreg.table import Rows
+from efreg.backends.reference import accumulator
+from efreg.backends.rows import Groups, Rows
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SHAPES = [
@@ -34,6 +34,11 @@ def rows_of(*weights, dims=None):
 def measured(backend, *weights, dims=None, sign="count", norm=False):
     rows = rows_of(*weights, dims=dims)
     return rows.charges(*backend.measure(rows, sign=sign, norm=norm))
+
+
+def force(backend, grads, rows, coefficients, law, scale):
+    """`Backend.force` with each row a group of its own."""
+    backend.force(grads, rows, Groups.of(rows), coefficients, law, scale=scale)
 
 
 def eps(dtype):
@@ -336,11 +341,11 @@ def test_force_is_measure_law_and_pull(backend, dtype, law):
     rows, acc = rows_of(*weights), accumulator(dtype)
     by_pull = [g.clone() for g in grads]
     coefficients, alone = (torch.full((sum(map(len, weights)),), math.nan, dtype=acc) for _ in range(2))
-    backend.force(grads, rows, coefficients, law, scale=2.0)
-    backend.charge(rows, alone, law)
+    force(backend, grads, rows, coefficients, law, scale=2.0)
+    backend.charge(Groups.of(rows), alone, law)
     assert torch.equal(coefficients, alone)
-    for charges, offset in zip(measured(backend, *weights, sign=law.sign), rows.offsets, strict=True):
-        cut = coefficients[offset : offset + len(charges.magnitude)]
+    each = coefficients.split(rows.filters)
+    for charges, cut in zip(measured(backend, *weights, sign=law.sign), each, strict=True):
         exact = law.coefficients(
             efreg.Charges(charges.magnitude.double(), charges.sign.double(), charges.size)
         )
@@ -355,7 +360,7 @@ def test_a_layer_of_many_filters(backend, law):
     weight = torch.randn(300, 3)
     weight[277] *= 100
     coefficients = torch.empty(300)
-    backend.charge(rows_of(weight), coefficients, law)
+    backend.charge(Groups.of(rows_of(weight)), coefficients, law)
     (charges,) = measured(backend, weight, sign=law.sign)
     assert charges.source == 277
     exact = law.coefficients(efreg.Charges(charges.magnitude.double(), charges.sign.double(), 3))
@@ -372,8 +377,8 @@ def test_a_filter_that_is_not_finite_stays_alone(backend, dtype):
     spoiled[2, 7], spoiled[4, 0] = math.nan, -math.inf
     for law in LAWS:
         found, alone = torch.empty(6, dtype=accumulator(dtype)), torch.empty(4, dtype=accumulator(dtype))
-        backend.force([torch.zeros_like(spoiled)], rows_of(spoiled), found, law, scale=1.0)
-        backend.force([torch.zeros_like(weight[others])], rows_of(weight[others]), alone, law, scale=1.0)
+        force(backend, [torch.zeros_like(spoiled)], rows_of(spoiled), found, law, scale=1.0)
+        force(backend, [torch.zeros_like(weight[others])], rows_of(weight[others]), alone, law, scale=1.0)
         if law not in LAWS[-1:]:
             assert torch.equal(found[others], alone) and not found[[2, 4]].any()
 
@@ -383,7 +388,7 @@ def test_the_source_is_the_first_of_tied_filters(backend, dtype):
     weight = torch.tensor([[2.0, 2.0], [1.0, 0.5], [-2.0, -2.0]], dtype=dtype)
     coefficients = torch.empty(3, dtype=accumulator(dtype))
     law = efreg.Electrostatic(1.0, k_e=1.0)
-    backend.force([torch.zeros_like(weight)], rows_of(weight), coefficients, law, scale=1.0)
+    force(backend, [torch.zeros_like(weight)], rows_of(weight), coefficients, law, scale=1.0)
     torch.testing.assert_close(
         coefficients, torch.tensor([0.0, 4 / 2.5**2, 1 / 16], dtype=coefficients.dtype)
     )
@@ -392,8 +397,13 @@ def test_the_source_is_the_first_of_tied_filters(backend, dtype):
 def test_a_layer_of_nan_alone_has_no_force(backend):
     coefficients = torch.full((3,), 5.0)
     grad = torch.zeros(3, 4)
-    backend.force(
-        [grad], rows_of(torch.full((3, 4), math.nan)), coefficients, efreg.Electrostatic(1.0), scale=1.0
+    force(
+        backend,
+        [grad],
+        rows_of(torch.full((3, 4), math.nan)),
+        coefficients,
+        efreg.Electrostatic(1.0),
+        scale=1.0,
     )
     assert not coefficients.any() and not grad.any()
 
@@ -429,17 +439,21 @@ def hold_against_extended_precision(name, shapes, dtype, seed, zeros):
         weights = [w * (torch.rand(w.shape, generator=generator) < 0.3) for w in weights]
     rows, acc = rows_of(*weights), accumulator(dtype)
     coefficients = torch.full((sum(n for n, _ in shapes),), math.nan, dtype=acc)
-    backend.force(
-        [torch.zeros_like(w) for w in weights], rows, coefficients, efreg.Electrostatic(1e-12), scale=1.0
+    force(
+        backend,
+        [torch.zeros_like(w) for w in weights],
+        rows,
+        coefficients,
+        efreg.Electrostatic(1e-12),
+        scale=1.0,
     )
-    for weight, charges, offset in zip(weights, measured(backend, *weights), rows.offsets, strict=True):
+    each = coefficients.split(rows.filters)
+    for weight, charges, c in zip(weights, measured(backend, *weights), each, strict=True):
         magnitude, sign = charges.magnitude.numpy(), charges.sign.numpy()
         np.testing.assert_allclose(magnitude, oracle.magnitudes(weight), rtol=16 * eps(acc))
         assert sign.tolist() == oracle.signs(weight).tolist()
         exact = oracle.coefficients(magnitude, sign, 1e-12).astype("float64")
-        np.testing.assert_allclose(
-            coefficients[offset : offset + len(sign)].numpy(), exact, rtol=4 * eps(acc)
-        )
+        np.testing.assert_allclose(c.numpy(), exact, rtol=4 * eps(acc))
 
 
 def test_bits_do_not_depend_on_threads_or_runs(backend):
@@ -448,6 +462,6 @@ def test_bits_do_not_depend_on_threads_or_runs(backend):
     for threads in (1, 2, 2, 3):
         torch.set_num_threads(threads)
         grads, c = [torch.zeros_like(w) for w in weights], torch.empty(sum(map(len, weights)))
-        backend.force(grads, rows_of(*weights), c, efreg.Electrostatic(1e-12), scale=1.0)
+        force(backend, grads, rows_of(*weights), c, efreg.Electrostatic(1e-12), scale=1.0)
         found.append([c, *grads])
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))

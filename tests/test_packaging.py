@@ -81,13 +81,13 @@ def test_imports_go_one_way():
     modules = graph()
     tuple(graphlib.TopologicalSorter(modules).static_order())  # raises CycleError
     assert {name for name, known in modules.items() if not on_top(name) and any(map(on_top, known))} == set()
-    assert "efreg.attachment" not in modules["efreg.ops"]
+    assert "efreg.force.attachment" not in modules["efreg.force.penalty"]
     pruning = {name: known for name, known in modules.items() if name.startswith("efreg.pruning")}
     for name, known in pruning.items():
         assert {other for other in known if not other.startswith("efreg.pruning")} <= {"efreg.groups"}, name
 
 
-@pytest.mark.parametrize("name", ["efreg.reference", "efreg.laws", "efreg.groups"])
+@pytest.mark.parametrize("name", ["efreg.backends.reference", "efreg.force.laws", "efreg.groups"])
 def test_the_definition_stands_alone(name):
     assert not graph()[name]
 
@@ -226,6 +226,6 @@ def test_extension_is_built_ahead(checkout):
     """The wheel holds the module under the name by which the library looks for it."""
     built = {name for name in contents(checkout, build(checkout, "wheel", "cpu")) if name.endswith(".so")}
     name = run_python(
-        "from efreg import native; print(native.module_name(native.CPP))", cwd=checkout
+        "from efreg.backends import native; print(native.module_name(native.CPP))", cwd=checkout
     ).stdout.strip()
     assert {path.partition(".")[0] for path in built} == {f"efreg/{name}"}

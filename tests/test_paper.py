@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 import efreg
-from efreg import reference
+from efreg.backends import reference
 from efreg.lab import data, engine, figures, models
 from efreg.lab.checkpoints import Settings
 from efreg.lab.paper import (
@@ -780,8 +780,8 @@ def test_the_papers_loop_pulls_as_the_library_does():
     torch.manual_seed(0)
     model = torch.nn.Conv2d(3, 5, 3).double()
     loops.paper_loop([model.weight])
-    magnitude, sign, _ = reference.measure(model.weight.detach())
+    magnitude, balance, _ = reference.measure(model.weight.detach())
     pulled = torch.zeros_like(model.weight)
-    coefficients = loops.LAW.coefficients(efreg.Charges(magnitude, sign, 27))
+    coefficients = loops.LAW.coefficients(efreg.Charges(magnitude, balance.sign(), 27))
     reference.pull(pulled, model.weight.detach(), coefficients)
     torch.testing.assert_close(model.weight.grad, pulled, rtol=1e-9, atol=0)

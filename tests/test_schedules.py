@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import efreg
-from efreg import schedules
+from efreg.force import schedules
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_scaler_scales_it_once_more():
     for step, scale in enumerate([4.0, 8.0]):
         optimizer.grad_scale = torch.tensor(scale)
         net.weight.grad = torch.zeros_like(net.weight)
-        force.before_step(optimizer, (optimizer,), {})
+        force._serving.before_step(optimizer, (optimizer,), {}, step=0, outermost=True)
         torch.testing.assert_close(net.weight.grad, scale * ALPHAS[step] * net.weight.detach().sign())
 
 
@@ -151,7 +151,7 @@ def test_a_law_of_the_users_own_keeps_its_settings():
 
 def test_numbers_that_change_are_not_kept(monkeypatch):
     """On a device each α is sent; none stays behind."""
-    from efreg import sending
+    from efreg.backends import sending
 
     monkeypatch.setattr(sending, "_constants", {})
     net = linear()
@@ -165,7 +165,7 @@ def test_numbers_that_change_are_not_kept(monkeypatch):
 def test_what_a_graph_would_not_see_is_refused(alpha, monkeypatch):
     net = linear()
     force, _ = trained(net, steps=1, law=efreg.L1(alpha))
-    monkeypatch.setattr("efreg.attachment.capturing", lambda device: True)
+    monkeypatch.setattr("efreg.force.serving.capturing", lambda device: True)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     before = net.weight.detach().clone()
     net.weight.grad = torch.zeros_like(net.weight)
@@ -193,7 +193,7 @@ def test_a_resumed_schedule_goes_on_where_it_was():
 def test_a_state_of_another_kind_of_alpha_is_refused():
     force, _ = trained(linear(), steps=1, law=efreg.L1(0.1))
     other, _ = trained(linear(), steps=1, law=efreg.L1(lambda step: 0.1))
-    with pytest.raises(ValueError, match="another kind of alpha"):
+    with pytest.raises(ValueError, match="whose alpha is a number; this one's is one that changes"):
         other.load_state_dict(force.state_dict())
 
 

@@ -234,15 +234,29 @@ def test_each_member_has_the_learning_rate_of_its_own_group(net, plan, update):
         torch.testing.assert_close(moved[large], expected[large], rtol=1e-9, atol=1e-12)
 
 
-def test_what_another_optimizer_steps_is_reported_once(net, plan, caplog):
+def test_what_another_optimizer_steps_is_pulled_when_it_steps(net, plan):
+    """With the coefficients that were taken when the first of them stepped."""
+    law, before = efreg.L1(0.1), copy.deepcopy(net)
+    weights, others = ([p for p in net.parameters() if (p.ndim > 1) == dense] for dense in (True, False))
+    with efreg.attach(net, law=law, layers=plan, scope="filter"):
+        for parameter in net.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        torch.optim.SGD(others, lr=0.1).step()
+        assert torch.equal(net[0].weight, before[0].weight)
+        torch.optim.SGD(weights, lr=0.1).step()
+    for name in EVERYTHING:
+        old = before.get_parameter(name)
+        torch.testing.assert_close(net.get_parameter(name), old - 0.01 * old.sign())
+
+
+def test_what_no_optimizer_steps_is_reported_once(net, plan, caplog):
     optimizer = torch.optim.SGD([net[0].weight, net[0].bias, net[3].weight, *net[1].parameters()], lr=0.1)
     with caplog.at_level(logging.WARNING, "efreg"):
         assert pulled(net, plan, optimizer) == EVERYTHING - {"4.weight", "4.bias"}
-        net[0].weight = nn.Parameter(net[0].weight.clone())
-        optimizer.add_param_group({"params": [net[0].weight]})
-        optimizer.step()
-    said = [message for message in caplog.messages if "does not step these" in message]
-    assert len(said) == 1 and "4.weight, 4.bias" in said[0]
+        for _ in range(50):
+            optimizer.step()
+    said = [message for message in caplog.messages if "no optimizer steps these" in message]
+    assert said == ["no optimizer steps these, no force acts on them: 4.weight, 4.bias"]
 
 
 class Shared(nn.Module):
@@ -288,15 +302,15 @@ def grouped_norm():
     return nn.Sequential(nn.Conv2d(1, 6, 3), nn.GroupNorm(2, 6), nn.ReLU(), nn.Conv2d(6, 2, 3))
 
 
-def test_a_norm_that_is_not_the_filters_own_is_left_alone_and_reported_once(caplog):
+def test_of_a_norm_over_several_layers_each_pulls_its_own_channels():
     net = Concatenated().double()
     plan = efreg.plan(net, {0: 0.5}, example_inputs=X)
     assert plan.members == {"a": ("a.weight", "a.bias")}
-    with caplog.at_level(logging.WARNING, "efreg"):
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-        assert pulled(net, plan, optimizer) == {"a.weight", "a.bias"}
-    said = [message for message in caplog.messages if "scope='filter'" in message]
-    assert len(said) == 1 and "a.weight" in said[0] and "'norm'" in said[0]
+    (carried,) = (m for m in plan.cuts[0].group.members if m.tensor == "norm.weight")
+    before = net.norm.weight.detach().clone()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    assert pulled(net, plan, optimizer) == {"a.weight", "a.bias", "norm.weight"}
+    assert (before != net.norm.weight).nonzero().flatten().tolist() == carried.index.tolist()
 
 
 @pytest.mark.parametrize("build, layer", [(Shared, "a"), (SharedScale, "a"), (grouped_norm, "0")])

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 import efreg
-from efreg import sending, table
-from efreg.table import Rows
+from efreg.backends import sending, table
+from efreg.backends.rows import Groups, Rows
+from efreg.force import batches, serving
 
 
 class Counted:
@@ -156,17 +157,17 @@ def test_weights_are_not_kept_alive(net):
     """A table knows addresses; a tensor at the same address of the same shape has the same table."""
     weight = torch.randn(3, 5)
     rows = Rows.of([weight], [0])
-    first = rows.table
-    assert Rows.of([weight.detach()], [0]).table is first
-    assert Rows.of([weight[:2]], [0]).table is not first
-    assert Rows.of([weight.t()], [0]).table is not first
+    first = table.table_of(rows)
+    assert table.table_of(Rows.of([weight.detach()], [0])) is first
+    assert table.table_of(Rows.of([weight[:2]], [0])) is not first
+    assert table.table_of(Rows.of([weight.t()], [0])) is not first
     assert not any(value is weight for value in vars(first).values())
 
 
 def test_tables_of_bare_tensors_are_few():
     weights = [torch.randn(2, 3) for _ in range(3 * table.TABLES)]
     for weight in weights:
-        assert Rows.of([weight], [0]).table
+        assert table.table_of(Rows.of([weight], [0]))
     assert len(table._tables) == table.TABLES
 
 
@@ -174,7 +175,7 @@ def test_tables_of_bare_tensors_are_few():
 def capture(monkeypatch):
     """What the library does while a CUDA graph is captured, on the CPU: a switch."""
     state = {"on": False}
-    for module in (sending, table, efreg.attachment):
+    for module in (sending, table, batches, serving):
         monkeypatch.setattr(module, "capturing", lambda device: state["on"])
     return lambda on: state.update(on=on)
 
@@ -211,21 +212,21 @@ def test_what_a_graph_reads_is_its_own(net, capture):
     step(net, optimizer)
     kept = len(sending._captured)
     grads = [torch.zeros_like(p) for p in net.parameters()]
-    (rows,) = [group.members for _, groups in _forces_groups(net) for group in groups]
+    (rows,) = [batch._rows for _, batches in _batches() for batch in batches]
     capture(True)
     step(net, optimizer, grads)
-    inside = rows.table._sent_targets.last
+    inside = table.table_of(rows)._sent_targets.last
     assert len(sending._captured) > kept
     capture(False)
     for grad in grads:
         grad.zero_()
     step(net, optimizer, grads)
-    assert rows.table._sent_targets.last is not inside
+    assert table.table_of(rows)._sent_targets.last is not inside
 
 
-def _forces_groups(net):
-    (force,) = efreg.attachment._attached
-    return force._groups.values()
+def _batches():
+    (force,) = efreg.force.attachment._attached
+    return force._serving._batches.values()
 
 
 def test_numbers_are_sent_when_they_change():
@@ -284,7 +285,7 @@ def test_coefficients_that_would_be_misread_are_refused(coefficients, message):
     for operation in (
         lambda: backend.pull([weight.clone()], rows, coefficients, scale=1.0, radial=False),
         lambda: backend.shrink(rows, coefficients, rates=[0.1], radial=False),
-        lambda: backend.charge(rows, coefficients, efreg.L1(1.0)),
+        lambda: backend.charge(Groups.of(rows), coefficients, efreg.Electrostatic(1.0)),
     ):
         with pytest.raises(ValueError, match=message):
             operation()

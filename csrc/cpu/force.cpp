@@ -1,6 +1,7 @@
-// The operations on CPU tensors. The definition of each is in efreg/reference.py.
+// The operations on CPU tensors. The definition of each is in efreg/backends/reference.py.
 
 #include "../force.h"
+#include "../electrostatic.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -11,7 +12,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <numeric>
+#include <vector>
 
 namespace efreg {
 namespace {
@@ -32,10 +33,10 @@ using acc_of = std::conditional_t<std::is_same_v<scalar_t, double>, double, floa
 at::ScalarType acc_of_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
 
 // The filters of one tensor and, in a pull, of its gradient: `size` numbers each, one filter behind the
-// other.
+// other. The statistics of the first lie at `start`.
 struct Row {
   at::Tensor target, weight;
-  int64_t filters, size, offset;
+  int64_t filters, size, start;
   double scale;
 
   int64_t elements() const { return filters * size; }
@@ -63,7 +64,7 @@ at::Tensor ordered_like(const at::Tensor& target, const at::Tensor& weight, int6
   return at::empty_like(target).copy_(weight.movedim(dim, 0));
 }
 
-Row make_row(const at::Tensor& target, const at::Tensor& weight, int64_t dim, int64_t offset, double scale) {
+Row make_row(const at::Tensor& target, const at::Tensor& weight, int64_t dim, int64_t start, double scale) {
   TORCH_CHECK(weight.device().is_cpu() && target.device().is_cpu(), "efreg: expected CPU tensors");
   TORCH_CHECK(
       target.scalar_type() == weight.scalar_type(), "efreg: gradient is ", target.scalar_type(),
@@ -75,25 +76,29 @@ Row make_row(const at::Tensor& target, const at::Tensor& weight, int64_t dim, in
   const auto size = filters ? weight.numel() / filters : 0;
   auto rows = dense(target, dim);
   auto weights = target.is_same(weight) ? rows : ordered_like(rows, weight, dim);
-  return {std::move(rows), std::move(weights), filters, size, offset, scale};
+  return {std::move(rows), std::move(weights), filters, size, start, scale};
 }
 
 std::vector<Row> make_rows(
-    const Tensors& targets, const Tensors& weights, const Integers& offsets, const Integers& dims,
-    double scale) {
+    const Tensors& targets, const Tensors& weights, const Integers& dims, double scale) {
   TORCH_CHECK(
-      targets.size() == weights.size() && offsets.size() == weights.size() && dims.size() == weights.size(),
-      "efreg: ", targets.size(), " targets, ", weights.size(), " weights, ", offsets.size(), " offsets and ",
-      dims.size(), " dims; they must be as many");
+      targets.size() == weights.size() && dims.size() == weights.size(), "efreg: ", targets.size(),
+      " targets, ", weights.size(), " weights and ", dims.size(), " dims; they must be as many");
   std::vector<Row> rows;
   rows.reserve(weights.size());
+  int64_t start = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
     TORCH_CHECK(
         weights[i].scalar_type() == weights[0].scalar_type(),
         "efreg: weights of one call must share a dtype");
-    rows.push_back(make_row(targets[i], weights[i], dims[i], offsets[i], scale));
+    rows.push_back(make_row(targets[i], weights[i], dims[i], start, scale));
+    start += rows.back().filters;
   }
   return rows;
+}
+
+int64_t filters_of(const std::vector<Row>& rows) {
+  return rows.empty() ? 0 : rows.back().start + rows.back().filters;
 }
 
 void check_coefficients(const std::vector<Row>& rows, const at::Tensor& coefficients) {
@@ -102,10 +107,48 @@ void check_coefficients(const std::vector<Row>& rows, const at::Tensor& coeffici
       coefficients.is_contiguous() && coefficients.device().is_cpu() &&
           coefficients.scalar_type() == acc_of_type(rows[0].weight.scalar_type()),
       "efreg: coefficients must be contiguous, on the CPU, and ", acc_of_type(rows[0].weight.scalar_type()));
-  for (const auto& row : rows)
+}
+
+// Where the coefficient of each filter lies, −1 where it has none.
+const int32_t* units_of(
+    const std::vector<Row>& rows, const at::Tensor& units, const at::Tensor& coefficients) {
+  check_coefficients(rows, coefficients);
+  TORCH_CHECK(
+      units.is_contiguous() && units.scalar_type() == at::kInt && units.numel() == filters_of(rows),
+      "efreg: ", filters_of(rows), " filters need a unit each, int32, not ", units.numel());
+  const auto* unit = units.const_data_ptr<int32_t>();
+  const auto* end = unit + units.numel();
+  const auto last = unit == end ? -1 : *std::max_element(unit, end);
+  TORCH_CHECK(
+      last < coefficients.numel(), "efreg: units up to ", last, " need as many coefficients, not ",
+      coefficients.numel());
+  return unit;
+}
+
+// Groups of units, as efreg/backends/rows.py packs them.
+struct Groups {
+  const int64_t* shapes;
+  const int32_t* members;
+  int64_t count;
+
+  int64_t units(int64_t g) const { return shapes[5 * g]; }
+  int64_t begin(int64_t g) const { return shapes[5 * g + 1]; }
+  int64_t rows(int64_t g) const { return shapes[5 * g + 2]; }
+  int64_t depth(int64_t g) const { return shapes[5 * g + 3]; }
+  const int32_t* of(int64_t g) const { return members + shapes[5 * g + 4]; }
+};
+
+Groups groups_of(const at::Tensor& shapes, const at::Tensor& members, const at::Tensor& coefficients) {
+  TORCH_CHECK(
+      shapes.is_contiguous() && shapes.scalar_type() == at::kLong && shapes.size(1) == 5 &&
+          members.is_contiguous() && members.scalar_type() == at::kInt,
+      "efreg: groups are int64 [G, 5], members int32");
+  const Groups groups{shapes.const_data_ptr<int64_t>(), members.const_data_ptr<int32_t>(), shapes.size(0)};
+  for (int64_t g = 0; g < groups.count; ++g)
     TORCH_CHECK(
-        row.offset >= 0 && row.offset + row.filters <= coefficients.numel(), "efreg: filters up to ",
-        row.offset + row.filters, " need as many coefficients, not ", coefficients.numel());
+        groups.begin(g) + groups.units(g) <= coefficients.numel(), "efreg: units up to ",
+        groups.begin(g) + groups.units(g), " need as many coefficients, not ", coefficients.numel());
+  return groups;
 }
 
 // Hands changed copies back to the tensors they were made of, and tells autograd of the change.
@@ -189,11 +232,12 @@ acc_of<scalar_t> norm_of(const scalar_t* w, int64_t size) {
 }
 
 template <typename scalar_t>
-void measure_filter(const Row& row, int64_t n, bool count, acc_of<scalar_t>* magnitude, acc_of<scalar_t>* s) {
+void measure_filter(
+    const Row& row, int64_t n, bool count, acc_of<scalar_t>* magnitude, acc_of<scalar_t>* balance) {
   const auto* w = filter<scalar_t>(row.weight, n, row.size);
-  const auto [m, balance] = count ? sums(w, row.size, absolute, sign) : sums(w, row.size, absolute, itself);
-  *magnitude = m;
-  *s = std::isfinite(m) ? sgn(balance) : 0;
+  const auto [m, b] = count ? sums(w, row.size, absolute, sign) : sums(w, row.size, absolute, itself);
+  magnitude[row.start + n] = m;
+  balance[row.start + n] = b;
 }
 
 // target_i ← update(target_i, w_i) over filter n.
@@ -235,85 +279,75 @@ void shrink_filter(const Row& row, int64_t n, acc_of<scalar_t> c, bool radial) {
   }
 }
 
-// efreg/laws.py: Electrostatic.coefficients
+// Sums over what writes each unit of a group.
 template <typename acc_t>
-void electrostatic(const acc_t* m, const acc_t* s, acc_t* c, int64_t filters, const Law& law) {
+void sum_up(const Groups& groups, int64_t g, const acc_t* of_filters, std::vector<acc_t>& of_units) {
+  const auto depth = groups.depth(g);
+  of_units.assign(groups.units(g), 0);
+  for (int64_t n = 0; n < groups.units(g); ++n)
+    for (int64_t k = 0; k < depth; ++k)
+      if (const auto member = groups.of(g)[n * depth + k]; member >= 0) of_units[n] += of_filters[member];
+}
+
+// Eq. 10 for a group whose filters have been measured.
+template <typename acc_t>
+void charge_group(
+    const Groups& groups, int64_t g, const acc_t* magnitude, const acc_t* balance, acc_t* coefficients,
+    const Electrostatic& law) {
+  std::vector<acc_t> m, b;
+  sum_up(groups, g, magnitude, m);
+  sum_up(groups, g, balance, b);
+  const auto sign_of = [&](int64_t n) { return std::isfinite(m[n]) ? sgn(b[n]) : acc_t(0); };
+  auto* c = coefficients + groups.begin(g);
   int64_t source = -1;
-  for (int64_t n = 0; n < filters; ++n)
+  for (int64_t n = 0; n < groups.units(g); ++n)
     if (std::isfinite(m[n]) && (source < 0 || m[n] > m[source])) source = n;
-  if (source < 0) return static_cast<void>(std::fill_n(c, filters, acc_t(0)));
-  const auto softening = static_cast<acc_t>(law.shape) * m[source];
-  for (int64_t n = 0; n < filters; ++n) {
-    const auto r = std::hypot(s[source] * m[source] - s[n] * m[n], softening);
-    const auto coefficient = (static_cast<acc_t>(law.strength) / r) * (m[source] / r);
-    const bool acts = n != source && s[n] != 0 && s[source] != 0 && std::isfinite(coefficient);
-    c[n] = acts ? coefficient : 0;
-  }
+  for (int64_t n = 0; n < groups.units(g); ++n)
+    c[n] = n == source || source < 0
+        ? acc_t(0)
+        : electrostatic(
+              m[n], sign_of(n), m[source], sign_of(source), static_cast<acc_t>(law.strength),
+              static_cast<acc_t>(law.softening));
 }
 
-// efreg/laws.py: Ladder.coefficients
-template <typename acc_t>
-void ladder(const acc_t* m, acc_t* c, int64_t filters, const Law& law) {
-  Integers order(filters);
-  std::iota(order.begin(), order.end(), 0);
-  const auto finite = [m](int64_t n) { return std::isfinite(m[n]); };
-  const auto end = std::stable_partition(order.begin(), order.end(), finite);
-  std::stable_sort(order.begin(), end, [m](int64_t a, int64_t b) { return m[a] > m[b]; });
-  std::fill_n(c, filters, acc_t(0));
-  const auto last = end - order.begin() - 1;
-  for (int64_t rank = 0; last > 0 && rank <= last; ++rank) {
-    const auto height = std::pow(static_cast<double>(rank) / static_cast<double>(last), law.shape);
-    c[order[rank]] = static_cast<acc_t>(law.strength * height);
-  }
-}
+// A few rows, and the groups that they are.
+struct Batch {
+  size_t first_row, last_row;
+  int64_t first_group, last_group;
+};
 
-template <typename acc_t>
-void l1(const acc_t* m, acc_t* c, int64_t filters, const Law& law) {
-  for (int64_t n = 0; n < filters; ++n) c[n] = std::isfinite(m[n]) ? static_cast<acc_t>(law.strength) : 0;
-}
-
-template <typename acc_t>
-void coefficients_of(const acc_t* m, const acc_t* s, acc_t* c, int64_t filters, const Law& law) {
-  switch (law.kind) {
-    case Law::kElectrostatic:
-      return electrostatic(m, s, c, filters, law);
-    case Law::kLadder:
-      return ladder(m, c, filters, law);
-    case Law::kL1:
-      return l1(m, c, filters, law);
-  }
-}
-
-// The end of the batch that begins at row `first`, of rows up to `end`.
-size_t batch_end(const std::vector<Row>& rows, size_t first, size_t end) {
+// The batch behind another, of whole groups.
+Batch batch_behind(const std::vector<Row>& rows, const Groups& groups, const Batch& before) {
+  Batch batch{before.last_row, before.last_row, before.last_group, before.last_group};
   int64_t bytes = 0;
-  auto last = first;
   do {
-    bytes += rows[last].elements() * rows[last].weight.element_size();
-    ++last;
-  } while (last < end && bytes < kBatchBytes);
-  return last;
+    for (const auto end = batch.last_row + groups.rows(batch.last_group); batch.last_row < end;
+         ++batch.last_row)
+      bytes += rows[batch.last_row].elements() * rows[batch.last_row].weight.element_size();
+    ++batch.last_group;
+  } while (batch.last_group < groups.count && bytes < kBatchBytes);
+  return batch;
 }
 
-// Measures the rows of a batch and applies the law to each.
+// Measures the rows of a batch and applies the law to its groups.
 template <typename scalar_t>
 void charge_batch(
-    const std::vector<Row>& rows, size_t first, size_t last, acc_of<scalar_t>* c, acc_of<scalar_t>* m,
-    acc_of<scalar_t>* s, const Law& law) {
-  each_filter(rows, first, last, [&](const Row& row, int64_t n) {
-    measure_filter<scalar_t>(row, n, law.count, m + row.offset + n, s + row.offset + n);
+    const std::vector<Row>& rows, const Groups& groups, const Batch& batch, acc_of<scalar_t>* magnitude,
+    acc_of<scalar_t>* balance, acc_of<scalar_t>* coefficients, const Electrostatic& law) {
+  each_filter(rows, batch.first_row, batch.last_row, [&](const Row& row, int64_t n) {
+    measure_filter<scalar_t>(row, n, law.count, magnitude, balance);
   });
-  for (auto i = first; i < last; ++i) {
-    const auto offset = rows[i].offset;
-    coefficients_of(m + offset, s + offset, c + offset, rows[i].filters, law);
-  }
+  for (auto g = batch.first_group; g < batch.last_group; ++g)
+    charge_group(groups, g, magnitude, balance, coefficients, law);
 }
 
 template <typename scalar_t>
-void pull_batch(
-    const std::vector<Row>& rows, size_t first, size_t last, const acc_of<scalar_t>* c, bool radial) {
+void pull_rows(
+    const std::vector<Row>& rows, size_t first, size_t last, const int32_t* units, const acc_of<scalar_t>* c,
+    bool radial) {
   each_filter(rows, first, last, [&](const Row& row, int64_t n) {
-    pull_filter<scalar_t>(row, n, static_cast<acc_of<scalar_t>>(row.scale) * c[row.offset + n], radial);
+    const auto unit = units[row.start + n];
+    if (unit >= 0) pull_filter<scalar_t>(row, n, static_cast<acc_of<scalar_t>>(row.scale) * c[unit], radial);
   });
 }
 
@@ -328,85 +362,83 @@ void pull_batch(
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> measure(
     const Tensors& weights, const Integers& dims, bool count, bool norm) {
-  Integers offsets;
-  int64_t filters = 0;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    offsets.push_back(filters);
-    filters += weights[i].size(dims[i]);
-  }
-  const auto rows = make_rows(weights, weights, offsets, dims, 1.0);
+  const auto rows = make_rows(weights, weights, dims, 1.0);
+  const auto filters = filters_of(rows);
   const auto type = acc_of_type(rows.empty() ? at::kFloat : rows[0].weight.scalar_type());
-  auto magnitude = at::zeros({filters}, type), sign = at::zeros({filters}, type);
+  auto magnitude = at::zeros({filters}, type), balance = at::zeros({filters}, type);
   auto norms = at::zeros({norm ? filters : 0}, type);
   DISPATCH(rows, "efreg::measure", {
     auto* m = magnitude.data_ptr<acc_t>();
-    auto* s = sign.data_ptr<acc_t>();
+    auto* b = balance.data_ptr<acc_t>();
     auto* l2 = norms.data_ptr<acc_t>();
     each_filter(rows, 0, rows.size(), [&](const Row& row, int64_t n) {
-      measure_filter<scalar_t>(row, n, count, m + row.offset + n, s + row.offset + n);
-      if (norm) l2[row.offset + n] = norm_of(filter<scalar_t>(row.weight, n, row.size), row.size);
+      measure_filter<scalar_t>(row, n, count, m, b);
+      if (norm) l2[row.start + n] = norm_of(filter<scalar_t>(row.weight, n, row.size), row.size);
     });
   });
-  return {magnitude, sign, norms};
+  return {magnitude, balance, norms};
 }
 
 void pull(
-    const Tensors& grads, const Tensors& weights, const at::Tensor& coefficients, const Integers& offsets,
+    const Tensors& grads, const Tensors& weights, const at::Tensor& coefficients, const at::Tensor& units,
     const Integers& dims, double scale, bool radial) {
-  const auto rows = make_rows(grads, weights, offsets, dims, scale);
-  check_coefficients(rows, coefficients);
+  const auto rows = make_rows(grads, weights, dims, scale);
+  const auto* unit = units_of(rows, units, coefficients);
   DISPATCH(rows, "efreg::pull", {
-    pull_batch<scalar_t>(rows, 0, rows.size(), coefficients.const_data_ptr<acc_t>(), radial);
+    pull_rows<scalar_t>(rows, 0, rows.size(), unit, coefficients.const_data_ptr<acc_t>(), radial);
   });
   write_back(rows, grads, dims);
 }
 
 void shrink(
-    const Tensors& weights, const at::Tensor& coefficients, const Integers& offsets, const Integers& dims,
+    const Tensors& weights, const at::Tensor& coefficients, const at::Tensor& units, const Integers& dims,
     const std::vector<double>& scales, bool radial) {
-  auto rows = make_rows(weights, weights, offsets, dims, 1.0);
-  check_coefficients(rows, coefficients);
+  auto rows = make_rows(weights, weights, dims, 1.0);
+  const auto* unit = units_of(rows, units, coefficients);
   TORCH_CHECK(scales.size() == rows.size(), "efreg: ", rows.size(), " weights need as many scales");
   for (size_t i = 0; i < rows.size(); ++i) rows[i].scale = scales[i];
   DISPATCH(rows, "efreg::shrink", {
     const auto* c = coefficients.const_data_ptr<acc_t>();
     each_filter(rows, 0, rows.size(), [&](const Row& row, int64_t n) {
-      shrink_filter<scalar_t>(row, n, static_cast<acc_t>(row.scale) * c[row.offset + n], radial);
+      const auto own = unit[row.start + n];
+      if (own >= 0) shrink_filter<scalar_t>(row, n, static_cast<acc_t>(row.scale) * c[own], radial);
     });
   });
   write_back(rows, weights, dims);
 }
 
-at::Tensor charge(
-    const Tensors& weights, const at::Tensor& coefficients, const Integers& offsets, const Integers& dims,
-    const Law& law) {
-  const auto rows = make_rows(weights, weights, offsets, dims, 1.0);
+void charge(
+    const Tensors& weights, const at::Tensor& coefficients, const at::Tensor& groups,
+    const at::Tensor& members, const Integers& dims, const Electrostatic& law) {
+  const auto rows = make_rows(weights, weights, dims, 1.0);
   check_coefficients(rows, coefficients);
-  auto magnitude = at::zeros_like(coefficients), sign = at::zeros_like(coefficients);
+  const auto charged = groups_of(groups, members, coefficients);
+  auto magnitude = at::zeros({filters_of(rows)}, coefficients.options()), balance = at::zeros_like(magnitude);
   DISPATCH(rows, "efreg::charge", {
     charge_batch<scalar_t>(
-        rows, 0, rows.size(), coefficients.data_ptr<acc_t>(), magnitude.data_ptr<acc_t>(),
-        sign.data_ptr<acc_t>(), law);
+        rows, charged, {0, rows.size(), 0, charged.count}, magnitude.data_ptr<acc_t>(),
+        balance.data_ptr<acc_t>(), coefficients.data_ptr<acc_t>(), law);
   });
-  return magnitude;
 }
 
 void force(
-    const Tensors& grads, const Tensors& weights, const at::Tensor& coefficients, const Integers& offsets,
-    const Integers& dims, int64_t charged, const Law& law, double scale) {
-  const auto rows = make_rows(grads, weights, offsets, dims, scale);
-  check_coefficients(rows, coefficients);
-  const auto end = std::min(static_cast<size_t>(charged), rows.size());
-  auto magnitude = at::zeros_like(coefficients), sign = at::zeros_like(coefficients);
+    const Tensors& grads, const Tensors& weights, const at::Tensor& coefficients, const at::Tensor& groups,
+    const at::Tensor& members, const at::Tensor& units, const Integers& dims, const Electrostatic& law,
+    double scale) {
+  const auto rows = make_rows(grads, weights, dims, scale);
+  const auto* unit = units_of(rows, units, coefficients);
+  const auto charged = groups_of(groups, members, coefficients);
+  auto magnitude = at::zeros({filters_of(rows)}, coefficients.options()), balance = at::zeros_like(magnitude);
   DISPATCH(rows, "efreg::force", {
     auto* c = coefficients.data_ptr<acc_t>();
-    for (size_t first = 0; first < end;) {
-      const auto last = batch_end(rows, first, end);
-      charge_batch<scalar_t>(rows, first, last, c, magnitude.data_ptr<acc_t>(), sign.data_ptr<acc_t>(), law);
-      pull_batch<scalar_t>(rows, first, last, c, false);
-      first = last;
+    Batch batch{};
+    while (batch.last_group < charged.count) {
+      batch = batch_behind(rows, charged, batch);
+      charge_batch<scalar_t>(
+          rows, charged, batch, magnitude.data_ptr<acc_t>(), balance.data_ptr<acc_t>(), c, law);
+      pull_rows<scalar_t>(rows, batch.first_row, batch.last_row, unit, c, false);
     }
-    pull_batch<scalar_t>(rows, end, rows.size(), c, false);
+    pull_rows<scalar_t>(rows, batch.last_row, rows.size(), unit, c, false);
   });
   write_back(rows, grads, dims);
 }

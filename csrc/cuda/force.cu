@@ -1,5 +1,6 @@
-// The operations on CUDA tensors. The definition of each is in efreg/reference.py.
+// The operations on CUDA tensors. The definition of each is in efreg/backends/reference.py.
 
+#include "../electrostatic.h"
 #include "force.h"
 
 #include <ATen/Dispatch.h>
@@ -9,16 +10,12 @@
 
 #include <cmath>
 #include <limits>
-#include <string>
 
 namespace efreg::cuda {
 namespace {
 
 template <typename scalar_t>
 using acc_of = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-
-// The laws that `charge` knows.
-enum class Kind { electrostatic, ladder, l1 };
 
 // What a thread loads and stores at a time.
 template <typename scalar_t>
@@ -37,13 +34,13 @@ struct Table {
 // The filters of one block, seen from one of its threads: filter n, of which the thread's numbers are those
 // at (v · threads + thread) · kSize + e of each stretch of threads · kEach.
 struct Tile {
-  int64_t row, weight, target, offset, start;
+  int64_t row, weight, target, start;
   int filters, size, turn, n, thread, threads;
 
   __device__ Tile(const Table& table, int64_t t) {
     row = table.tiles[2 * t];
-    const auto* fields = table.layout + 4 * row;
-    filters = fields[0], size = fields[1], offset = fields[2], start = fields[3];
+    const auto* fields = table.layout + 3 * row;
+    filters = fields[0], size = fields[1], start = fields[2];
     weight = target = table.weights[row], turn = 1;
     threads = size == 1 ? 1 : size <= kNarrowLanes ? kWarp : kThreads;
     thread = threadIdx.x % threads;
@@ -51,7 +48,6 @@ struct Tile {
   }
 
   __device__ bool has_filter() const { return n < filters; }
-  __device__ int tiles() const { return (filters - 1) / (kThreads / threads) + 1; }
 
   template <typename scalar_t>
   __device__ bool aligned() const {
@@ -73,18 +69,6 @@ __device__ T sgn(T x) {
 template <typename T>
 __device__ T positive_part(T x) {
   return x < 0 ? T(0) : x;
-}
-
-template <typename T>
-__device__ T finite_or_zero(T x) {
-  return isfinite(x) ? x : T(0);
-}
-
-// √(a² + b²) of numbers ≥ 0, without overflow on the way; NaN where both are 0.
-template <typename T>
-__device__ T hypotenuse(T a, T b) {
-  const T large = max(a, b), ratio = min(a, b) / large;
-  return large * sqrt(1 + ratio * ratio);
 }
 
 // Numbers i to i + kSize of a filter, 0 beyond its end.
@@ -160,7 +144,7 @@ __device__ acc_of<scalar_t> norm_of(const Tile& tile) {
 
 template <bool aligned, typename scalar_t>
 __device__ void measure_filter(
-    const Tile& tile, bool count, acc_of<scalar_t>* magnitude, acc_of<scalar_t>* sign,
+    const Tile& tile, bool count, acc_of<scalar_t>* magnitude, acc_of<scalar_t>* balance,
     acc_of<scalar_t>* norm) {
   using acc_t = acc_of<scalar_t>;
   acc_t lengths[kEach] = {}, balances[kEach] = {};
@@ -173,14 +157,14 @@ __device__ void measure_filter(
     }
   });
   const auto m = fold<scalar_t>(lengths, tile.threads);
-  const auto balance = fold<scalar_t>(balances, tile.threads);
+  const auto b = fold<scalar_t>(balances, tile.threads);
   if (norm != nullptr) {
     const auto length = norm_of<aligned, scalar_t>(tile);
     if (tile.thread == 0) norm[tile.start + tile.n] = length;
   }
   if (tile.thread == 0) {
     magnitude[tile.start + tile.n] = m;
-    sign[tile.start + tile.n] = isfinite(m) ? sgn(balance) : acc_t(0);
+    balance[tile.start + tile.n] = b;
   }
 }
 
@@ -229,7 +213,27 @@ __device__ void shrink_filter(const Tile& tile, acc_of<scalar_t> c, bool radial)
   });
 }
 
-// The source of a layer: the largest finite magnitude, −1 if there is none, and the first filter that has it.
+// The units of a group, and the statistics of what writes them.
+template <typename T>
+struct Group {
+  int units, depth;
+  int64_t begin;
+  const int* members;
+  const T *magnitudes, *balances;
+
+  // Σ over what writes unit n.
+  __device__ T sum(const T* statistic, int n) const {
+    T total = 0;
+    for (int k = 0; k < depth; ++k)
+      if (const int member = members[n * depth + k]; member >= 0) total += __ldcg(statistic + member);
+    return total;
+  }
+
+  __device__ T magnitude(int n) const { return sum(magnitudes, n); }
+  __device__ T sign(int n) const { return finite(magnitude(n)) ? sgn(sum(balances, n)) : T(0); }
+};
+
+// The source of a group: the largest finite magnitude, −1 if there is none, and the first unit that has it.
 template <typename T>
 struct Source {
   T magnitude;
@@ -242,10 +246,10 @@ struct Source {
 
 // Called by all threads of a block; each gets the answer.
 template <typename T>
-__device__ Source<T> source_of(const T* magnitude, int filters) {
+__device__ Source<T> source_of(const Group<T>& group) {
   Source<T> best{T(-1), 0};
-  for (int n = threadIdx.x; n < filters; n += kThreads)
-    if (const T m = __ldcg(magnitude + n); isfinite(m)) best.consider({m, n});
+  for (int n = threadIdx.x; n < group.units; n += kThreads)
+    if (const T m = group.magnitude(n); finite(m)) best.consider({m, n});
   __shared__ T magnitudes[kThreads];
   __shared__ int indices[kThreads];
   magnitudes[threadIdx.x] = best.magnitude, indices[threadIdx.x] = best.n;
@@ -254,102 +258,75 @@ __device__ Source<T> source_of(const T* magnitude, int filters) {
   return best;
 }
 
-// efreg/laws.py: Electrostatic.coefficients
 template <typename T>
-__device__ void electrostatic(const T* magnitude, const T* sign, T* coefficients, int filters, const T* law) {
-  const auto source = source_of(magnitude, filters);
-  const T s_src = __ldcg(sign + source.n);
-  const T softening = law[1] * source.magnitude;
-  for (int n = threadIdx.x; n < filters; n += kThreads) {
-    const T m = __ldcg(magnitude + n), s = __ldcg(sign + n);
-    const T r = hypotenuse(abs(s_src * source.magnitude - s * m), softening);
-    const bool acts = n != source.n && s != 0 && s_src != 0 && isfinite(m);
-    coefficients[n] = acts ? finite_or_zero((law[0] / r) * (source.magnitude / r)) : T(0);
-  }
-}
-
-// efreg/laws.py: Ladder.coefficients; the power in double.
-template <typename T>
-__device__ void ladder(const T* magnitude, T* coefficients, int filters, const T* law) {
-  int last = -1;
-  for (int start = 0; start < filters; start += kThreads) {
-    const int n = start + threadIdx.x;
-    last += __syncthreads_count(n < filters && isfinite(__ldcg(magnitude + n)));
-  }
-  for (int n = threadIdx.x; n < filters; n += kThreads) {
-    const T m = __ldcg(magnitude + n);
-    int rank = 0;
-    for (int k = 0; k < filters; ++k) {
-      const T other = magnitude[k];
-      rank += isfinite(other) && (other > m || (other == m && k < n));
-    }
-    const double height = pow(static_cast<double>(rank) / max(last, 1), static_cast<double>(law[1]));
-    coefficients[n] = last > 0 && isfinite(m) ? law[0] * static_cast<T>(height) : T(0);
-  }
-}
-
-// efreg/laws.py: L1.coefficients
-template <typename T>
-__device__ void l1(const T* magnitude, T* coefficients, int filters, const T* law) {
-  for (int n = threadIdx.x; n < filters; n += kThreads)
-    coefficients[n] = isfinite(__ldcg(magnitude + n)) ? law[0] : T(0);
+__device__ void charge_group(const Group<T>& group, T* coefficients, const T* law) {
+  const auto source = source_of(group);
+  const T s_src = group.units ? group.sign(source.n) : T(0);
+  for (int n = threadIdx.x; n < group.units; n += kThreads)
+    coefficients[group.begin + n] = n == source.n || source.magnitude < 0
+        ? T(0)
+        : electrostatic(group.magnitude(n), group.sign(n), source.magnitude, s_src, law[0], law[1]);
 }
 
 template <typename scalar_t>
 __device__ void measure_tile(
-    const Tile& tile, bool count, acc_of<scalar_t>* magnitude, acc_of<scalar_t>* sign,
+    const Tile& tile, bool count, acc_of<scalar_t>* magnitude, acc_of<scalar_t>* balance,
     acc_of<scalar_t>* norm) {
   if (!tile.has_filter()) return;
   if (tile.aligned<scalar_t>())
-    measure_filter<true, scalar_t>(tile, count, magnitude, sign, norm);
+    measure_filter<true, scalar_t>(tile, count, magnitude, balance, norm);
   else
-    measure_filter<false, scalar_t>(tile, count, magnitude, sign, norm);
+    measure_filter<false, scalar_t>(tile, count, magnitude, balance, norm);
 }
 
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads) measure_kernel(
-    Table table, acc_of<scalar_t>* magnitude, acc_of<scalar_t>* sign, acc_of<scalar_t>* norm, bool count) {
-  measure_tile<scalar_t>(Tile(table, blockIdx.x), count, magnitude, sign, norm);
+    Table table, acc_of<scalar_t>* magnitude, acc_of<scalar_t>* balance, acc_of<scalar_t>* norm, bool count) {
+  measure_tile<scalar_t>(Tile(table, blockIdx.x), count, magnitude, balance, norm);
 }
 
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads) charge_kernel(
-    Table table, acc_of<scalar_t>* magnitude, acc_of<scalar_t>* sign, acc_of<scalar_t>* coefficients,
-    int* done, const acc_of<scalar_t>* law, Kind kind, bool count) {
+    Table table, const int* owners, const int64_t* groups, const int* members, int* done,
+    acc_of<scalar_t>* magnitude, acc_of<scalar_t>* balance, acc_of<scalar_t>* coefficients,
+    const acc_of<scalar_t>* law, bool count) {
   const Tile tile(table, blockIdx.x);
-  measure_tile<scalar_t>(tile, count, magnitude, sign, nullptr);
-  // The last block of a row to come here finds all statistics written. It applies the law.
+  measure_tile<scalar_t>(tile, count, magnitude, balance, nullptr);
+  // The last block of a group to come here finds all statistics written. It applies the law.
+  const auto owner = owners[tile.row];
+  const auto* shape = groups + 5 * static_cast<int64_t>(owner);
   __shared__ bool last;
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(done + tile.row, 1) == tile.tiles() - 1;
+  if (threadIdx.x == 0) last = atomicAdd(done + owner, 1) == shape[2] - 1;
   __syncthreads();
   if (!last) return;
   __threadfence();
-  const auto *m = magnitude + tile.start, *s = sign + tile.start;
-  auto* c = coefficients + tile.offset;
-  switch (kind) {
-    case Kind::electrostatic:
-      electrostatic(m, s, c, tile.filters, law);
-      break;
-    case Kind::ladder:
-      ladder(m, c, tile.filters, law);
-      break;
-    case Kind::l1:
-      l1(m, c, tile.filters, law);
-      break;
-  }
-  if (threadIdx.x == 0) done[tile.row] = 0;
+  const Group<acc_of<scalar_t>> group{static_cast<int>(shape[0]),
+                                      static_cast<int>(shape[3]),
+                                      shape[1],
+                                      members + shape[4],
+                                      magnitude,
+                                      balance};
+  charge_group(group, coefficients, law);
+  if (threadIdx.x == 0) done[owner] = 0;
+}
+
+// The coefficient of the tile's filter, 0 where it has none.
+template <typename T>
+__device__ T coefficient_of(const Tile& tile, const int* units, const T* coefficients) {
+  const int unit = units[tile.start + tile.n];
+  return unit < 0 ? T(0) : coefficients[unit];
 }
 
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads) pull_kernel(
-    Table table, const int64_t* targets, const acc_of<scalar_t>* coefficients, const acc_of<scalar_t>* scale,
-    bool radial) {
+    Table table, const int* units, const int64_t* targets, const acc_of<scalar_t>* coefficients,
+    const acc_of<scalar_t>* scale, bool radial) {
   Tile tile(table, gridDim.x - 1 - blockIdx.x);  // backwards: what was measured last is still in the cache
   tile.target = targets[2 * tile.row], tile.turn = targets[2 * tile.row + 1];
   if (tile.target == 0 || !tile.has_filter()) return;
-  const auto c = coefficients[tile.offset + tile.n] * *scale;
+  const auto c = coefficient_of(tile, units, coefficients) * *scale;
   if (c == 0) return;
   if (tile.aligned<scalar_t>())
     pull_filter<true, scalar_t>(tile, c, radial);
@@ -359,24 +336,17 @@ __global__ void __launch_bounds__(kThreads) pull_kernel(
 
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads) shrink_kernel(
-    Table table, const acc_of<scalar_t>* coefficients, const acc_of<scalar_t>* rates,
+    Table table, const int* units, const acc_of<scalar_t>* coefficients, const acc_of<scalar_t>* rates,
     const acc_of<scalar_t>* found_inf, bool radial) {
   const Tile tile(table, gridDim.x - 1 - blockIdx.x);
   if (!tile.has_filter()) return;
-  const auto c =
-      coefficients[tile.offset + tile.n] * (*found_inf == 0 ? rates[tile.row] : acc_of<scalar_t>(0));
+  const auto by = *found_inf == 0 ? rates[tile.row] : acc_of<scalar_t>(0);
+  const auto c = coefficient_of(tile, units, coefficients) * by;
   if (c == 0) return;
   if (tile.aligned<scalar_t>())
     shrink_filter<true, scalar_t>(tile, c, radial);
   else
     shrink_filter<false, scalar_t>(tile, c, radial);
-}
-
-Kind kind_of(const std::string& name) {
-  if (name == "electrostatic") return Kind::electrostatic;
-  if (name == "ladder") return Kind::ladder;
-  TORCH_CHECK(name == "l1", "efreg: no kernel knows the law ", name);
-  return Kind::l1;
 }
 
 Table table_of(const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights) {
@@ -401,41 +371,43 @@ Table table_of(const at::Tensor& tiles, const at::Tensor& layout, const at::Tens
 
 void measure(
     const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights, const at::Tensor& magnitude,
-    const at::Tensor& sign, const std::optional<at::Tensor>& norm, bool count, at::ScalarType dtype) {
+    const at::Tensor& balance, const std::optional<at::Tensor>& norm, bool count, at::ScalarType dtype) {
   const auto table = table_of(tiles, layout, weights);
   LAUNCH(
-      tiles, dtype, measure_kernel, table, magnitude.data_ptr<acc_t>(), sign.data_ptr<acc_t>(),
+      tiles, dtype, measure_kernel, table, magnitude.data_ptr<acc_t>(), balance.data_ptr<acc_t>(),
       norm ? norm->data_ptr<acc_t>() : nullptr, count);
 }
 
 void charge(
-    const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights, const at::Tensor& magnitude,
-    const at::Tensor& sign, const at::Tensor& coefficients, const at::Tensor& done, const at::Tensor& law,
-    const std::string& kind, bool count, at::ScalarType dtype) {
+    const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights, const at::Tensor& owners,
+    const at::Tensor& groups, const at::Tensor& members, const at::Tensor& done, const at::Tensor& magnitude,
+    const at::Tensor& balance, const at::Tensor& coefficients, const at::Tensor& law, bool count,
+    at::ScalarType dtype) {
   const auto table = table_of(tiles, layout, weights);
   LAUNCH(
-      tiles, dtype, charge_kernel, table, magnitude.data_ptr<acc_t>(), sign.data_ptr<acc_t>(),
-      coefficients.data_ptr<acc_t>(), done.data_ptr<int>(), law.const_data_ptr<acc_t>(), kind_of(kind),
-      count);
+      tiles, dtype, charge_kernel, table, owners.const_data_ptr<int>(), groups.const_data_ptr<int64_t>(),
+      members.const_data_ptr<int>(), done.data_ptr<int>(), magnitude.data_ptr<acc_t>(),
+      balance.data_ptr<acc_t>(), coefficients.data_ptr<acc_t>(), law.const_data_ptr<acc_t>(), count);
 }
 
 void pull(
-    const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights, const at::Tensor& targets,
-    const at::Tensor& coefficients, const at::Tensor& scale, bool radial, at::ScalarType dtype) {
+    const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights, const at::Tensor& units,
+    const at::Tensor& targets, const at::Tensor& coefficients, const at::Tensor& scale, bool radial,
+    at::ScalarType dtype) {
   const auto table = table_of(tiles, layout, weights);
   LAUNCH(
-      tiles, dtype, pull_kernel, table, targets.const_data_ptr<int64_t>(),
+      tiles, dtype, pull_kernel, table, units.const_data_ptr<int>(), targets.const_data_ptr<int64_t>(),
       coefficients.const_data_ptr<acc_t>(), scale.const_data_ptr<acc_t>(), radial);
 }
 
 void shrink(
-    const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights,
+    const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights, const at::Tensor& units,
     const at::Tensor& coefficients, const at::Tensor& rates, const at::Tensor& found_inf, bool radial,
     at::ScalarType dtype) {
   const auto table = table_of(tiles, layout, weights);
   LAUNCH(
-      tiles, dtype, shrink_kernel, table, coefficients.const_data_ptr<acc_t>(), rates.const_data_ptr<acc_t>(),
-      found_inf.const_data_ptr<acc_t>(), radial);
+      tiles, dtype, shrink_kernel, table, units.const_data_ptr<int>(), coefficients.const_data_ptr<acc_t>(),
+      rates.const_data_ptr<acc_t>(), found_inf.const_data_ptr<acc_t>(), radial);
 }
 
 }  // namespace efreg::cuda

@@ -6,7 +6,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
-#include <string>
 
 namespace efreg::cuda {
 
@@ -23,22 +22,25 @@ constexpr int kNarrowFilters = kThreads / kWarp;
 // Writes the statistics of all filters, row behind row; `norm` where it is given.
 void measure(
     const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights, const at::Tensor& magnitude,
-    const at::Tensor& sign, const std::optional<at::Tensor>& norm, bool count, at::ScalarType dtype);
+    const at::Tensor& balance, const std::optional<at::Tensor>& norm, bool count, at::ScalarType dtype);
 
-// Writes statistics, then each row's coefficients. `done` holds zeros, and zeros again afterwards.
+// Writes statistics, then each group's coefficients by the paper's law, whose numbers are α · k_e and ε.
+// `done` holds zeros, and zeros again afterwards.
 void charge(
-    const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights, const at::Tensor& magnitude,
-    const at::Tensor& sign, const at::Tensor& coefficients, const at::Tensor& done, const at::Tensor& law,
-    const std::string& kind, bool count, at::ScalarType dtype);
+    const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights, const at::Tensor& owners,
+    const at::Tensor& groups, const at::Tensor& members, const at::Tensor& done, const at::Tensor& magnitude,
+    const at::Tensor& balance, const at::Tensor& coefficients, const at::Tensor& law, bool count,
+    at::ScalarType dtype);
 
 // gradients += scale · c_n · sgn(w), or scale · c_n · w/‖w_n‖₂ where `radial`.
 void pull(
-    const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights, const at::Tensor& targets,
-    const at::Tensor& coefficients, const at::Tensor& scale, bool radial, at::ScalarType dtype);
+    const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights, const at::Tensor& units,
+    const at::Tensor& targets, const at::Tensor& coefficients, const at::Tensor& scale, bool radial,
+    at::ScalarType dtype);
 
 // w ← sgn(w) · max(|w| − t, 0) at t = rates[row] · c_n, or its radial twin; nothing where found_inf ≠ 0.
 void shrink(
-    const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights,
+    const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights, const at::Tensor& units,
     const at::Tensor& coefficients, const at::Tensor& rates, const at::Tensor& found_inf, bool radial,
     at::ScalarType dtype);
 

@@ -8,7 +8,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using release = py::call_guard<py::gil_scoped_release>;
   using namespace efreg::cuda;
 
-  m.attr("KINDS") = py::make_tuple("electrostatic", "ladder", "l1");
   m.attr("NARROW") = py::make_tuple(kNarrowFilters, kNarrowLanes);
   m.attr("WIDE") = py::make_tuple(1, kWideLanes);
   m.attr("FLAT") = py::make_tuple(kThreads, 1);

@@ -1,4 +1,4 @@
-"""The console script `efreg`: inspect, plan, prune and report any network; train, sweep, demo, paper; env."""
+"""The console script `efreg`: inspect, plan, prune and report any network; train, sweep, demo, paper; env, laws."""
 
 import argparse
 import importlib.util
@@ -6,12 +6,12 @@ import logging
 import sys
 
 import efreg
-from efreg.cli import lab, networks
+from efreg.cli import lab, laws, networks
 from efreg.cli.commands import Command
 
 LAB = ("torchvision", "sklearn", "matplotlib", "rich", "tensorboard")
 
-COMMANDS = (*networks.COMMANDS, *lab.COMMANDS)
+COMMANDS = (*networks.COMMANDS, *lab.COMMANDS, *laws.COMMANDS)
 
 
 def main(argv: list[str] | None = None) -> int:

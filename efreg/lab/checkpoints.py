@@ -17,8 +17,8 @@ FORMAT = "efreg checkpoint 1"
 class Settings:
     """Everything that decides the weights a training run ends with, and where its data lies.
 
-    lr None is the schedule's own; ratio, ratios and skip name the layers that the force acts on. power is the
-    ladder's. alpha follows alpha_schedule over the share alpha_until of the training. held_out training
+    lr None is the schedule's own; ratio, ratios and skip name the layers that the force acts on. law may have
+    parameters, as in "ladder:power=4". alpha follows alpha_schedule over the share alpha_until of the training. held_out training
     images are not trained on and take the place of the test images. step is how a step is carried out.
     batch_size counts the images of all processes together.
     """
@@ -27,7 +27,6 @@ class Settings:
     model: str = "resnet20"
     law: str = "electrostatic"
     alpha: float = 0.0
-    power: float | None = None
     alpha_schedule: str = "constant"
     alpha_until: float = 1.0
     scope: str = "weights"

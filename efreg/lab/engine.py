@@ -204,8 +204,7 @@ def force_options(settings: Settings, steps: int) -> dict[str, Any]:
     if settings.alpha_schedule != "constant":
         until = max(1, round(settings.alpha_until * steps))
         alpha = ALPHA_SCHEDULES[settings.alpha_schedule](alpha, until)
-    more = {} if settings.power is None else {"power": settings.power}
-    law = efreg.LAWS[settings.law](alpha, **more)
+    law = efreg.resolve(settings.law, alpha)
     return {"law": law, "scope": settings.scope, "refresh": settings.refresh, "update": settings.update}
 
 
@@ -411,12 +410,7 @@ def check(settings: Settings) -> None:
     """Raises ValueError or FileNotFoundError, naming it, for a setting that no training can have."""
     if settings.schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {settings.schedule!r}: there are {', '.join(SCHEDULES)}")
-    if settings.law not in efreg.LAWS:
-        raise ValueError(f"unknown law {settings.law!r}: there are {', '.join(efreg.LAWS)}")
-    if settings.power is not None and settings.law != "ladder":
-        raise ValueError(
-            f"power is the ladder's, the law is {settings.law}: drop --power or take --law ladder"
-        )
+    efreg.resolve(settings.law, settings.alpha)
     if settings.alpha_schedule not in ("constant", *ALPHA_SCHEDULES):
         known = ", ".join(("constant", *ALPHA_SCHEDULES))
         raise ValueError(f"unknown schedule of alpha {settings.alpha_schedule!r}: there are {known}")

@@ -9,13 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from efreg.groups import tensor_of
+from efreg.groups import CONVOLUTIONS, TRANSPOSED, tensor_of
 from efreg.pruning.attention import as_pruned
 from efreg.pruning.numbers import Source, plain_numbers
 from efreg.pruning.units import Network
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 Kept = dict[str, dict[int, Tensor]]
 """Of each tensor that shrinks the positions that stay, along each axis that does. int64"""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from efreg.groups import unwrap
+from efreg.groups import CONVOLUTIONS, TRANSPOSED, unwrap
 from efreg.pruning.attention import as_pruned
-from efreg.pruning.cutting import CONVOLUTIONS, TRANSPOSED, counts, refit, replace
+from efreg.pruning.cutting import counts, refit, replace
 from efreg.pruning.numbers import plain_numbers
 
 logger = logging.getLogger("efreg")

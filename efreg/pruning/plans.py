@@ -120,6 +120,14 @@ class Plan:
         """Parameters before / parameters after; None for a plan that was made without example inputs."""
         return self.parameters and self.parameters[0] / self.parameters[1]
 
+    def groups(self, model: nn.Module, *, members: bool) -> tuple[Group, ...]:
+        """The groups that lose units. members: whether all that they are written by must be known.
+
+        Raises ValueError for a plan of another model, and for one that does not know its members.
+        """
+        (self.check_members if members else self.check)(model)
+        return tuple(cut.group for cut in self.cuts)
+
     def check(self, model: nn.Module) -> None:
         """Raises ValueError, naming the culprit, where the plan was made for another model.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from efreg.pruning.cutting import cut
 from efreg.pruning.running import (
+    HALVES,
     Mode,
     PruningError,
     Stilled,
@@ -142,30 +143,34 @@ def disagreement(
     *,
     dead: bool = False,
     quick: bool = False,
+    ours: bool = False,
 ) -> Failure | None:
     """How the network without these units differs from the given one in which nobody reads them; None where
     not.
 
     Compared are eval mode on the example inputs and on fresh random ones of the same shape, and train mode,
     where the network has it, on the fresh ones; random numbers are held still. Where float32 leaves a doubt,
-    float64 decides. dead: compared with the given network as it is. quick: not on the example inputs.
+    float64 decides. dead: compared with the given network as it is. quick: not on the example inputs. ours: the given
+    network is a copy that may be worked on, which saves another; its columns are given back.
 
     Raises `Unprovable` where outputs do not depend on inputs, are empty, random or not finite.
     """
     generator = torch.Generator().manual_seed(0)
     examples = calls(example_inputs)
     fresh = [fresh_inputs(call, generator) for call in examples]
-    compared = _Compared(model, network, gone, dead)
-    seen = []
-    for training, inputs in ((False, examples), (False, fresh), (True, fresh)):
-        for number, call in enumerate(inputs):
-            if quick and inputs is examples:
-                continue
-            failure, outputs = compared.on(call, number, training)
-            if failure is not None:
-                return failure
-            if not training:
-                seen.append((number, call, outputs))
+    compared, seen = _Compared(model, network, gone, dead, ours), []
+    try:
+        for training, inputs in ((False, examples), (False, fresh), (True, fresh)):
+            for number, call in enumerate(inputs):
+                if quick and inputs is examples:
+                    continue
+                failure, outputs = compared.on(call, number, training)
+                if failure is not None:
+                    return failure
+                if not training:
+                    seen.append((number, call, outputs))
+    finally:
+        compared.give_back()
     if not quick:
         _require_dependence(model, seen)
     return None
@@ -174,8 +179,10 @@ def disagreement(
 class _Compared:
     """Twins of both networks, in float32 or whatever they are in, and in float64 where that is needed."""
 
-    def __init__(self, model: nn.Module, network: Network, gone: np.ndarray, dead: bool):
+    def __init__(self, model: nn.Module, network: Network, gone: np.ndarray, dead: bool, ours: bool):
         self._model, self._network, self._gone, self._dead = model, network, gone, dead
+        self._ours = ours and not any(parameter.dtype in HALVES for parameter in model.parameters())
+        self._closed: list[tuple[Tensor, int, Tensor, Tensor]] = []
         self._twins: dict[torch.dtype | None, tuple[nn.Module, nn.Module]] = {}
 
     def on(self, call: Any, number: int, training: bool) -> tuple[Failure | None, list[Tensor]]:
@@ -256,8 +263,9 @@ class _Compared:
 
     def _twins_in(self, dtype: torch.dtype | None) -> tuple[nn.Module, nn.Module]:
         if dtype not in self._twins:
-            reference = twin(self._model, dtype).requires_grad_(True)
             pruned = cut(twin(self._model, dtype), self._network, self._gone).requires_grad_(True)
+            as_it_is = self._ours and dtype is None
+            reference = (self._model if as_it_is else twin(self._model, dtype)).requires_grad_(True)
             if not self._dead:
                 self._close_columns(reference)
             self._twins[dtype] = reference, pruned
@@ -268,7 +276,18 @@ class _Compared:
         """Nobody reads what goes: columns of readers are zero."""
         named = dict((*model.named_parameters(), *model.named_buffers()))
         for name, axis, positions in self._network.columns(self._gone):
-            named[name].index_fill_(axis, torch.from_numpy(positions).to(named[name].device), 0)
+            index = torch.from_numpy(positions).to(named[name].device)
+            if model is self._model:
+                self._closed.append((named[name], axis, index, named[name].index_select(axis, index)))
+            named[name].index_fill_(axis, index, 0)
+
+    @torch.no_grad()
+    def give_back(self) -> None:
+        """The given network's columns are as they were."""
+        for tensor, axis, index, columns in reversed(self._closed):
+            tensor.index_copy_(axis, index, columns)
+        if self._ours:
+            self._model.eval()
 
     def _outputs(
         self, model: nn.Module, call: Any, number: int, training: bool, dtype, *, masked: bool

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from efreg.pruning.cutting import CONVOLUTIONS
+from efreg.groups import CONVOLUTIONS
 
 NUMBERS = re.compile(r"-?\d+(-\d+)?")
 

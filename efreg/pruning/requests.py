@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from efreg.groups import Group
+from efreg.groups import CONVOLUTIONS, Group
 from efreg.pruning.choosing import IMPORTANCES, Importance
-from efreg.pruning.cutting import CONVOLUTIONS
 from efreg.pruning.ratios import Keyed, as_written, by_names, convolutions, selected
 
 RANKINGS = ("group", "global")

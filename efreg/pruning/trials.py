@@ -34,7 +34,9 @@ class Trial:
         gone = roots(self._network, chosen)
         if not gone.any():
             return None
-        return disagreement(self._model, self._network, gone, self._inputs, dead=self._dead, quick=quick)
+        return disagreement(
+            self._model, self._network, gone, self._inputs, dead=self._dead, quick=quick, ours=not self._dead
+        )
 
     def refused(self, chosen: Mapping[str, Sequence[int]]) -> dict[str, str]:
         """The groups whose units cannot go, and why; the others can, together."""

@@ -5,6 +5,7 @@ of its output, unites those that are the same channel and freezes those that can
 """
 
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -105,32 +106,38 @@ def watch(model: nn.Module, example_inputs: Any) -> Watched:
     for training in (False, True):
         copied.train(training)
         for number, call in enumerate(examples):
-            run = _Run(found, copied, named, training)
             try:
-                call = twin_inputs(call)
-                run.start(call)
-                with (
-                    torch.enable_grad(),
-                    _located(copied, run.stack),
-                    tracked(copied),
-                    features_of(copied) as features,
-                    run.given,
-                    run,
-                ):
-                    output = forward(copied, call)
+                run = _ran(_Run(found, copied, named, training), copied, twin_inputs(call))
             except ValueError as error:
                 if not training:
                     raise
                 logger.info("not watched in train mode: %s", error)
                 return found
-            for tensor in tensors(output):
-                for axis in run.axes(tensor):
-                    found.ids.freeze(axis, "an output of the network has them")
-            for source, axis in widths(run, copied, features):
-                found.sizes[source] = Size(source.module, axis, Tracked.of(len(axis), source))
             found.masks[training, number] = run.masks + run.of_written()
             found.unseen -= run.seen
     return found
+
+
+def _ran(run: "_Run", model: nn.Module, call: Any) -> "_Run":
+    """The run, once it has seen a forward pass; what the pass kept for its gradients is gone."""
+    found = run.found
+    run.start(call)
+    with (
+        torch.enable_grad(),
+        _located(model, run.stack),
+        tracked(model),
+        features_of(model) as features,
+        run.given,
+        run,
+    ):
+        output = forward(model, call)
+    for tensor in tensors(output):
+        for axis in run.axes(tensor):
+            found.ids.freeze(axis, "an output of the network has them")
+    for source, axis in widths(run, model, features):
+        found.sizes[source] = Size(source.module, axis, Tracked.of(len(axis), source))
+    run.forget()
+    return run
 
 
 def warn_of_unseen(found: Watched) -> None:
@@ -230,13 +237,14 @@ class _Run(Mode):
 
         self.ids = found.ids
         self.stack: list[str] = []
-        self.given = Given(self._called)
+        called = weakref.WeakMethod(self._called)  # no cycle: what is kept is as large as a training step
+        self.given = Given(lambda *call: called()(*call))
         self.masks: list[Mask] = []
         self._readings: list[tuple[np.ndarray, Mask]] = []
         self._alike: dict[bytes, list[np.ndarray]] = {}
         self.seen: set[str] = set()
         self._rule_of, self._is_uniform, self._unknown = rule_of, is_uniform, RULES["unknown"]
-        self._found = found
+        self.found = found
         self._named = named
         self._training = training
         self._own = sum(len(axis) for axes in found.tensors.values() for axis in axes if axis is not None)
@@ -286,6 +294,10 @@ class _Run(Mode):
             if isinstance(x, Tensor):
                 self._alive[id(x)] = x
                 self._moving.add(id(x))
+
+    def forget(self) -> None:
+        """Nothing is kept any more of what was computed."""
+        self._alive.clear()
 
     def _mark_outputs(self, out: Any, inputs: Sequence[Tensor]) -> None:
         """What is computed from weights, and not from the network's inputs, is a weight."""
@@ -371,7 +383,7 @@ class _Run(Mode):
         if axis is None:
             return
         self.ids.look_at(axis)
-        self._found.taken.append(axis)
+        self.found.taken.append(axis)
         if not self.is_weight(x) and self.is_loud(x):
             self.ids.sound(axis)
 
@@ -379,20 +391,20 @@ class _Run(Mode):
         """Axis j of a weight reads."""
         axis = self.axes(weight)[j]
         if axis is not None and self.is_weight(weight):
-            self._found.reads += self._with_alike(axis)
+            self.found.reads += self._with_alike(axis)
 
     def write(self, weight: Tensor, i: int) -> Axis:
         """Axis i of a weight writes: its ids, for the output."""
         axis = self.axes(weight)[i]
         if axis is not None and self.is_weight(weight):
             for part, _ in self.ids.made_of(axis):
-                self._found.writes += [] if part is None else self._with_alike(part)
+                self.found.writes += [] if part is None else self._with_alike(part)
         return axis
 
     def carry(self, axis: Axis) -> None:
         """The ids are those of a bias, a scale or a shift of channels."""
         if axis is not None:
-            self._found.carries.append(axis)
+            self.found.carries.append(axis)
 
     def mask(self, arguments: dict[str, dict[int, np.ndarray]], *, norm: bool) -> None:
         """See `Mask`."""
@@ -406,7 +418,7 @@ class _Run(Mode):
         alone.
         """
         written = np.zeros(len(self.ids), bool)
-        for axis in self._found.writes:
+        for axis in self.found.writes:
             written[axis] = True
         return [mask for axis, mask in self._readings if axis is not None and written[axis].any()]
 
@@ -437,7 +449,7 @@ class _Run(Mode):
             ]
             known = tuple(axis for axis, _ in parts if axis is not None)
             free = int(np.prod([length for axis, length in parts if axis is None], dtype=np.int64))
-            self._found.costs.append(Cost(macs * free, known))
+            self.found.costs.append(Cost(macs * free, known))
 
     def size(self, axes: Sequence[Axis], lengths: Sequence[int]) -> None:
         """Lengths that the network may have given to this operation as numbers."""
@@ -446,7 +458,7 @@ class _Run(Mode):
             if axis is not None:
                 source = getattr(number, "source", None)
                 key = source or module, len(axis), int(axis[0]), int(axis[-1])
-                self._found.sizes.setdefault(key, Size(module, axis, number))
+                self.found.sizes.setdefault(key, Size(module, axis, number))
 
 
 def _bound(function: Callable, args: Sequence, kwargs: dict) -> dict[str, Any]:

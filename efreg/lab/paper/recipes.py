@@ -29,7 +29,7 @@ SETTINGS = {f.name: f.type for f in fields(Settings) if f.name not in ("data", "
 NETWORK = ("model", "dataset")
 """The settings that are the group's alone."""
 
-FORCE = ("law", "alpha", "power", "alpha_schedule", "alpha_until", "scope", "refresh", "update")
+FORCE = ("law", "alpha", "alpha_schedule", "alpha_until", "scope", "refresh", "update")
 COURSE = ("schedule", "epochs", "lr")
 """With the force what fine-tuning does not take over from the training before it."""
 

@@ -21,11 +21,11 @@ GROUP_LASSO = Force("group lasso", {"law": "group_lasso"})
 ONCE = Force("electrostatic, once", {"law": "electrostatic"})
 EACH_STEP = Force("electrostatic, each step", {"law": "electrostatic", "refresh": 1})
 LADDER = Force("ladder", {"law": "ladder"})
-LADDER_4 = Force("ladder, p = 4", {"law": "ladder", "power": 4.0})
+LADDER_4 = Force("ladder, p = 4", {"law": "ladder:power=4"})
 
 
 def force_of(settings: Settings) -> Force:
-    """The force that a network is trained with; a ladder of another power is a ladder."""
+    """The force that a network is trained with."""
     if settings.alpha == 0 or settings.epochs == 0:
         return NO_FORCE
     kinds = (LADDER_4, LADDER, EACH_STEP, ONCE, GROUP_LASSO, L1)

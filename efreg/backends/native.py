@@ -19,7 +19,8 @@ import torch
 
 logger = logging.getLogger("efreg")
 
-CSRC, KERNELS = Path(__file__).parent / "csrc", Path(__file__).parent / "kernels"
+PACKAGE = Path(__file__).resolve().parents[1]
+CSRC, KERNELS = PACKAGE / "csrc", PACKAGE / "kernels"
 
 
 class Extension(NamedTuple):
@@ -30,9 +31,13 @@ class Extension(NamedTuple):
     headers: tuple[Path, ...]
 
 
-CPP = Extension("cpp", (CSRC / "module.cpp", CSRC / "cpu" / "force.cpp"), (CSRC / "force.h",))
+CPP = Extension(
+    "cpp", (CSRC / "module.cpp", CSRC / "cpu" / "force.cpp"), (CSRC / "force.h", CSRC / "electrostatic.h")
+)
 CUDA = Extension(
-    "cuda", (CSRC / "cuda" / "module.cpp", CSRC / "cuda" / "force.cu"), (CSRC / "cuda" / "force.h",)
+    "cuda",
+    (CSRC / "cuda" / "module.cpp", CSRC / "cuda" / "force.cu"),
+    (CSRC / "cuda" / "force.h", CSRC / "electrostatic.h"),
 )
 
 

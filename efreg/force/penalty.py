@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from efreg.backends import select
-from efreg.laws import Charges, Law, native_law
-from efreg.layers import check_weight, find_layers
-from efreg.reference import accumulator
-from efreg.table import Rows, by_device_and_dtype
+from efreg.backends.reference import accumulator
+from efreg.backends.rows import Rows, by_device_and_dtype
+from efreg.force.laws import Charges, Law
+from efreg.force.targets import check_weight, weights_of
 
 TAGS = (torch.Tag.cudagraph_unsafe,)
 """The graphs that torch.compile captures by itself go around the operators: tables outlive such a graph."""
@@ -34,7 +34,7 @@ def _filters(weights: Sequence[Tensor], dims: Sequence[int]) -> int:
 
 @torch.library.custom_op("efreg::measure", mutates_args=(), tags=TAGS)
 def measure_op(weights: Sequence[Tensor], dims: Sequence[int], sign: str, norm: bool) -> list[Tensor]:
-    """Magnitudes, signs and, where `norm`, L2 norms of all filters, weight behind weight (reference.measure).
+    """Magnitudes, balances and, where `norm`, L2 norms of all filters, weight behind weight (reference.measure).
 
     weights: float tensors of one dtype and device, filters along `dims`.
     Returns tensors [Σ N] in float32, or float64 for float64 weights.
@@ -49,30 +49,6 @@ def _(weights, dims, sign, norm):
     _check(weights, dims)
     flat = weights[0].new_empty(_filters(weights, dims), dtype=accumulator(weights[0].dtype))
     return [torch.empty_like(flat) for _ in range(2 + norm)]
-
-
-@torch.library.custom_op("efreg::charge", mutates_args=(), tags=TAGS)
-def charge_op(
-    weights: Sequence[Tensor], dims: Sequence[int], kind: str, strength: float, shape: float, sign: str
-) -> list[Tensor]:
-    """Coefficients and magnitudes of all filters, weight behind weight, by a law that the kernels know.
-
-    weights: as in `measure`; kind, (strength, shape), sign: the law's native kind, native numbers and sign.
-    Returns two tensors [Σ N] in float32, or float64 for float64 weights.
-    """
-    _check(weights, dims)
-    rows = Rows.of(weights, dims)
-    coefficients = weights[0].new_empty(_filters(weights, dims), dtype=accumulator(weights[0].dtype))
-    law = native_law(kind, strength, shape, sign)
-    magnitude = select("auto", weights[0].device).charge(rows, coefficients, law)
-    return [coefficients, magnitude.clone()]  # a table keeps its magnitudes
-
-
-@charge_op.register_fake
-def _(weights, dims, kind, strength, shape, sign):
-    _check(weights, dims)
-    flat = weights[0].new_empty(_filters(weights, dims), dtype=accumulator(weights[0].dtype))
-    return [flat, torch.empty_like(flat)]
 
 
 @torch.library.custom_op("efreg::pull", mutates_args=(), tags=TAGS)
@@ -115,10 +91,13 @@ class _Penalty(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, law: Law, dims: list[int], *weights: Tensor) -> Tensor:
-        coefficients, energy = _native(law, weights, dims) if law.native_kind else _plain(law, weights, dims)
+        magnitude, balance, *norm = measure_op(weights, dims, **law.statistics)
+        charges = _charges(weights, dims, magnitude, balance, *norm)
+        c = law.of(charges)
+        coefficients = torch.cat([row[: w.shape[dim]] for row, w, dim in zip(c, weights, dims)])
         ctx.save_for_backward(coefficients, *weights)
         ctx.dims, ctx.radial = dims, law.direction == "radial"
-        return energy
+        return law.energy(charges, c)
 
     @staticmethod
     def backward(ctx, grad_energy: Tensor):
@@ -126,19 +105,24 @@ class _Penalty(torch.autograd.Function):
         return None, None, *pull_op(weights, coefficients * grad_energy, ctx.dims, ctx.radial)
 
 
-def _native(law: Law, weights: Sequence[Tensor], dims: list[int]) -> tuple[Tensor, Tensor]:
-    """Coefficients [Σ N] and energy by a law that the kernels know, all weights in one pass."""
-    coefficients, magnitude = charge_op(weights, dims, law.native_kind, *law.native_numbers, law.sign)
-    return coefficients, torch.where(coefficients != 0, coefficients * magnitude, 0).sum()
+def _charges(
+    weights: Sequence[Tensor],
+    dims: Sequence[int],
+    magnitude: Tensor,
+    balance: Tensor,
+    norm: Tensor | None = None,
+) -> Charges:
+    """The weights' charges as the rows of [G, N], in operations that compile into one graph."""
+    filters = [weight.shape[dim] for weight, dim in zip(weights, dims)]
 
+    def rows(statistic: Tensor) -> Tensor:
+        return nn.utils.rnn.pad_sequence(statistic.split(filters), batch_first=True, padding_value=torch.nan)
 
-def _plain(law: Law, weights: Sequence[Tensor], dims: list[int]) -> tuple[Tensor, Tensor]:
-    """The same by the law's torch method, weight by weight."""
-    magnitude, sign, *norm = measure_op(weights, dims, **law.statistics)
-    charges = Rows.of(weights, dims).charges(magnitude, sign, *norm or (None,))
-    coefficients = [law.of(c) for c in charges]
-    energies = [law.energy(c, k) for c, k in zip(charges, coefficients)]
-    return torch.cat(coefficients), torch.stack(energies).sum()
+    m = rows(magnitude)
+    signs = torch.where(m.isfinite(), rows(balance).sign(), 0)
+    sizes = [weight.numel() // max(n, 1) for weight, n in zip(weights, filters)]
+    size = torch.tensor(sizes, dtype=m.dtype, device=m.device).unsqueeze(1)
+    return Charges(m, signs, size, None if norm is None else rows(norm))
 
 
 def penalty(model_or_weights: nn.Module | Tensor | Iterable[Tensor], law: Law, *, layers=None) -> Tensor:
@@ -168,7 +152,7 @@ def penalty(model_or_weights: nn.Module | Tensor | Iterable[Tensor], law: Law, *
 
 def _weights_and_dims(model_or_weights, layers) -> list[tuple[Tensor, int]]:
     if isinstance(model_or_weights, nn.Module):
-        return [(layer.weight, layer.dim) for layer in find_layers(model_or_weights, layers)]
+        return list(weights_of(model_or_weights, layers))
     if layers is not None:
         raise ValueError("layers are chosen from a model; with weights given, leave them out")
     weights = [model_or_weights] if isinstance(model_or_weights, Tensor) else list(model_or_weights)

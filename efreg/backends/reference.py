@@ -25,10 +25,10 @@ def as_rows(tensor: Tensor, dim: int = 0) -> Tensor:
 def measure(
     weight: Tensor, dim: int = 0, *, sign: str = "count", norm: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Statistics of each filter: magnitude m_n = ‖w_n‖₁ (Eq. 3), sign s_n (Eq. 4), and ‖w_n‖₂ where asked.
+    """Statistics of each filter: magnitude m_n = ‖w_n‖₁ (Eq. 3), balance, and ‖w_n‖₂ where asked.
 
-    `sign="count"` is s_n = sgn(Σ_i sgn(w_n,i)), which sign most weights have; `"sum"` is sgn(Σ_i w_n,i).
-    A filter with a NaN or an Inf has sign 0.
+    The balance's sign is s_n (Eq. 4): `sign="count"` is Σ_i sgn(w_n,i), whose sign is the one that most
+    weights have; `"sum"` is Σ_i w_n,i.
 
     weight: [N, ...] (or N along `dim`), any float dtype and strides.
     Returns three tensors [N] in the accumulator's dtype; the third is None unless `norm`.
@@ -36,8 +36,7 @@ def measure(
     w = as_rows(weight.detach(), dim).to(accumulator(weight.dtype))
     magnitude = w.abs().sum(1)
     balance = w.sign().sum(1) if sign == "count" else w.sum(1)
-    signs = torch.where(magnitude.isfinite(), balance.sign(), 0)
-    return magnitude, signs, torch.linalg.vector_norm(w, dim=1) if norm else None
+    return magnitude, balance, torch.linalg.vector_norm(w, dim=1) if norm else None
 
 
 def pull(

@@ -2,74 +2,15 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
-from typing import TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from efreg.laws import Charges
-from efreg.reference import accumulator
-from efreg.sending import Sent, capturing, on_device, send
-
-T = TypeVar("T")
-
-
-class Rows:
-    """Tensors of one device and dtype, a row each.
-
-    Filter n of tensors[i] lies along dims[i] and has the coefficient coefficients[offsets[i] + n]; rows of
-    one layer share an offset.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor], dims: Sequence[int], offsets: Sequence[int]):
-        self.tensors, self.dims, self.offsets = list(tensors), list(dims), list(offsets)
-        self._table: Table | None = None
-
-    @classmethod
-    def of(cls, weights: Sequence[Tensor], dims: Sequence[int]) -> "Rows":
-        """A row for each weight, the coefficients lying weight behind weight."""
-        offsets, filters = [], 0
-        for weight, dim in zip(weights, dims):
-            offsets.append(filters)
-            filters += weight.shape[dim]
-        return cls(weights, dims, offsets)
-
-    def with_more(self, tensors: Sequence[Tensor], offsets: Sequence[int]) -> "Rows":
-        """These rows, and behind them others along dim 0, which share the coefficients at the offsets."""
-        dims = [*self.dims, *(0 for _ in tensors)]
-        return Rows([*self.tensors, *tensors], dims, [*self.offsets, *offsets])
-
-    def only(self, indices: Sequence[int]) -> "Rows":
-        """Some of the rows."""
-        if len(indices) == len(self.tensors):
-            return self
-        return Rows(*([part[i] for i in indices] for part in (self.tensors, self.dims, self.offsets)))
-
-    def cut(self, coefficients: Tensor) -> list[Tensor]:
-        """The coefficients of each row, views of the flat tensor."""
-        return [
-            coefficients[o : o + w.shape[dim]] for w, dim, o in zip(self.tensors, self.dims, self.offsets)
-        ]
-
-    def charges(self, magnitude: Tensor, sign: Tensor, norm: Tensor | None) -> list[Charges]:
-        """Statistics that lie row behind row as one `Charges` a row."""
-        found, start = [], 0
-        for weight, dim in zip(self.tensors, self.dims):
-            filters = weight.shape[dim]
-            own = slice(start, start + filters)
-            size = weight.numel() // filters if filters else 0
-            found.append(Charges(magnitude[own], sign[own], size, None if norm is None else norm[own]))
-            start += filters
-        return found
-
-    @property
-    def table(self) -> "Table":
-        """The rows as kernels on a device read them, made at the first use."""
-        if self._table is None:
-            self._table = _table_of(self)
-        return self._table
+from efreg.backends.reference import accumulator
+from efreg.backends.rows import Groups, Rows
+from efreg.backends.sending import Sent, capturing, on_device, send
 
 
 class Table:
@@ -87,8 +28,7 @@ class Table:
                 "a graph is being captured and the table of these weights does not exist yet: "
                 "take one step, with gradients, before the capture"
             )
-        filters = [weight.shape[dim] for weight, dim in zip(rows.tensors, rows.dims)]
-        sizes = [weight.numel() // n if n else 0 for weight, n in zip(rows.tensors, filters)]
+        filters, sizes = rows.filters, rows.sizes
         self.copies = {
             i: torch.empty_like(weight.movedim(dim, 0), memory_format=torch.contiguous_format)
             for i, (weight, dim) in enumerate(zip(rows.tensors, rows.dims))
@@ -97,11 +37,11 @@ class Table:
         addresses = [self.copies.get(i, weight).data_ptr() for i, weight in enumerate(rows.tensors)]
         starts = accumulate(filters, initial=0)
         self.tiles = send(_tiles(filters, sizes), torch.int32, self.device)
-        self.layout = send(list(zip(filters, sizes, rows.offsets, starts)), torch.int64, self.device)
+        self.layout = send(list(zip(filters, sizes, starts)), torch.int64, self.device)
+        self.units = send(rows.places, torch.int32, self.device)
         self.weights = send(addresses, torch.int64, self.device)
         acc = accumulator(self.dtype)
-        self.magnitude, self.sign = torch.empty(2, sum(filters), dtype=acc, device=self.device)
-        self.done = torch.zeros(len(filters), dtype=torch.int32, device=self.device)
+        self.magnitude, self.balance = torch.empty(2, sum(filters), dtype=acc, device=self.device)
         self._sent_targets = Sent(torch.int64, self.device)
         self._sent_law, self._sent_scale, self._sent_rates = (Sent(acc, self.device) for _ in range(3))
         self._seen: tuple = ()
@@ -146,9 +86,9 @@ class Table:
         self._seen = () if copies or capturing(self.device) else seen
         return sent, copies
 
-    def law(self, numbers: tuple[float, float]) -> Tensor:
-        """The law's native numbers on the device, [2]."""
-        return self._sent_law(list(numbers))
+    def law(self, numbers: list[float]) -> Tensor:
+        """The law's numbers on the device."""
+        return self._sent_law(numbers)
 
     def scale(self, scale: float | Tensor) -> Tensor:
         """A factor of all rows on the device, 0-dim; a number that is not 1 is one that changes."""
@@ -172,18 +112,50 @@ class Table:
         return torch.empty_like(dense).copy_(grad.movedim(dim, 0)), 1
 
 
+class Shapes(NamedTuple):
+    """Groups on a device, laid out as kernels/force.py says: owners, groups, members; and a counter for each."""
+
+    owners: Tensor
+    groups: Tensor
+    members: Tensor
+    done: Tensor
+
+
+def shapes_of(groups: Groups, device: torch.device) -> Shapes:
+    """The groups as kernels on a device read them, made at the first use."""
+    if groups.on_device is None:
+        with torch.device("cpu"), torch.inference_mode(False):
+            shapes, members = groups.packed
+            owners, tiles = (
+                torch.tensor(groups.owners),
+                torch.tensor(tiles_of(groups.rows.filters, groups.rows.sizes)),
+            )
+            shapes = shapes.clone()
+            shapes[:, 2] = torch.zeros(len(shapes), dtype=torch.int64).index_add_(0, owners, tiles)
+            done = torch.zeros(len(shapes), dtype=torch.int32)
+            arrays = (owners, torch.int32), (shapes, torch.int64), (members, torch.int32), (done, torch.int32)
+            groups.on_device = Shapes(*(send(array, dtype, device) for array, dtype in arrays))
+    return groups.on_device
+
+
 TABLES = 8
 """Tables that are kept for operations on bare tensors, whose rows do not last."""
 
 _tables: OrderedDict[tuple, Table] = OrderedDict()
 
 
-def _table_of(rows: Rows) -> Table:
-    """The table of these addresses, sizes and strides, found again or made."""
-    key = tuple(
-        (w.data_ptr(), w.shape, w.stride(), dim, offset, w.dtype, w.device)
-        for w, dim, offset in zip(rows.tensors, rows.dims, rows.offsets)
-    )
+def table_of(rows: Rows) -> Table:
+    """The rows as kernels on a device read them, made at the first use."""
+    if rows.on_device is None:
+        rows.on_device = _found_or_made(rows)
+    return rows.on_device
+
+
+def _found_or_made(rows: Rows) -> Table:
+    """The table of these addresses, sizes and strides."""
+    weights = zip(rows.tensors, rows.dims)
+    places = ((w.data_ptr(), w.shape, w.stride(), dim, w.dtype, w.device) for w, dim in weights)
+    key = (*places, tuple(rows.places.tolist()))
     with torch.inference_mode(False):  # what is made here serves steps outside inference mode, too
         table = _tables.pop(key, None) or Table(rows)
     _tables[key] = table
@@ -192,13 +164,20 @@ def _table_of(rows: Rows) -> Table:
     return table
 
 
+def tiles_of(filters: list[int], sizes: list[int]) -> list[int]:
+    """How many tiles each row is cut into."""
+    from efreg.kernels.launch import filters_a_tile
+
+    return [-(-n // filters_a_tile(size)) for n, size in zip(filters, sizes)]
+
+
 def _tiles(filters: list[int], sizes: list[int]) -> Tensor:
     """Row and first filter of each program's tile, [T, 2]."""
     from efreg.kernels.launch import filters_a_tile
 
     with torch.device("cpu"):
         per_tile = torch.tensor([filters_a_tile(size) for size in sizes])
-        counts = -(torch.tensor(filters) // -per_tile)
+        counts = torch.tensor(tiles_of(filters, sizes))
         row = torch.repeat_interleave(torch.arange(len(filters)), counts)
         before = counts.cumsum(0) - counts
         first = (torch.arange(len(row)) - before[row]) * per_tile[row]
@@ -236,11 +215,3 @@ def _check_gradient(grad: Tensor, weight: Tensor) -> None:
                 f"a gradient has {what} {getattr(grad, what)}, its weight {getattr(weight, what)}: "
                 "they must agree, or backend='reference' serves them"
             )
-
-
-def by_device_and_dtype(items: Iterable[T], tensor: Callable[[T], Tensor]) -> list[list[T]]:
-    """The items, grouped by their tensor's device and dtype: what can go through an operation in one call."""
-    groups: dict[tuple, list[T]] = {}
-    for item in items:
-        groups.setdefault((tensor(item).device, tensor(item).dtype), []).append(item)
-    return list(groups.values())

@@ -1,0 +1,98 @@
+"""Whole-model launches on a GPU, in Triton or in CUDA C++: one for each operation, however many rows."""
+
+import torch
+
+from efreg.backends import native
+from efreg.backends.native import BackendUnavailable
+from efreg.backends.protocol import Backend, fused
+from efreg.backends.rows import Rows
+from efreg.backends.sending import capturing, keep_if_captured, on_device
+from efreg.backends.table import Table, shapes_of, table_of
+
+
+class Launched(Backend):
+    """Kernels that have measure, charge, pull and shrink as kernels/force.py defines them.
+
+    Nothing here waits for the device. Other laws than the paper's run as torch between the launches.
+    """
+
+    def __init__(self, device: torch.device):
+        if torch.cuda.is_initialized() and capturing(device):
+            raise RuntimeError("a graph is being captured: do once outside what is to be captured")
+        try:
+            self._kernels = self._load()
+            self.measure(Rows.of([torch.ones(1, 1, device=device)], [0]), sign="count", norm=False)
+        except BackendUnavailable:
+            raise
+        except Exception as error:  # whatever a compiler, a driver or a launch may raise
+            raise BackendUnavailable(
+                f"{self.name} does not run on {device}: {native.last_line(error)}"
+            ) from error
+
+    def _load(self):
+        raise NotImplementedError
+
+    def measure(self, rows, *, sign, norm):
+        table = table_of(rows)
+        magnitude, balance, norms = (torch.empty_like(table.magnitude) for _ in range(3))
+        norms = norms if norm else None
+        table.read(rows)
+        self._launch("measure", table, magnitude, balance, norms, sign == "count")
+        return magnitude, balance, norms
+
+    def pull(self, grads, rows, coefficients, *, scale, radial):
+        table = table_of(rows)
+        table.check(coefficients)
+        targets, copies = table.targets(grads, rows)
+        table.read(rows)
+        self._launch("pull", table, table.units, targets, coefficients, table.scale(scale), radial)
+        for grad, copy in copies:
+            grad.copy_(copy)
+        torch.autograd.graph.increment_version([grad for grad in grads if grad is not None])
+
+    def shrink(self, rows, coefficients, *, rates, found_inf=None, radial):
+        table = table_of(rows)
+        table.check(coefficients)
+        found_inf = on_device(0.0 if found_inf is None else found_inf, table.magnitude)
+        table.read(rows)
+        self._launch("shrink", table, table.units, coefficients, table.rates(rates), found_inf, radial)
+        table.write(rows)
+        torch.autograd.graph.increment_version(rows.tensors)
+
+    def charge(self, groups, coefficients, law, kept=None):
+        if not fused(law):
+            return super().charge(groups, coefficients, law, kept)
+        table = table_of(groups.rows)
+        table.check(coefficients)
+        numbers = table.law([law.strength, law.softening])
+        shapes = shapes_of(groups, table.device)
+        table.read(groups.rows)
+        self._launch(
+            "charge", table, *shapes, table.magnitude, table.balance, coefficients,
+            numbers, law.sign == "count",
+        )  # fmt: skip
+        keep_if_captured(table.device, shapes)
+
+    def _launch(self, operation: str, table: Table, *arguments) -> None:
+        getattr(self._kernels, operation)(table.tiles, table.layout, table.weights, *arguments, table.dtype)
+        keep_if_captured(table.device, table, arguments)
+
+
+class Triton(Launched):
+    """Triton on CUDA; in Triton's interpreter (TRITON_INTERPRET=1) on the CPU, which is for tests."""
+
+    name = "triton"
+
+    def _load(self):
+        return native.load_triton()
+
+
+class Cuda(Launched):
+    """The same launches in CUDA C++, for where Triton is not."""
+
+    name = "cuda"
+
+    def _load(self):
+        if torch.version.hip or not torch.cuda.is_available():
+            raise BackendUnavailable("there is no CUDA device here")
+        return native.load(native.CUDA)

@@ -1,0 +1,30 @@
+"""Plain torch, tensor by tensor, on any device: the oracle of the other backends."""
+
+import torch
+from torch import Tensor
+
+from efreg.backends import reference
+from efreg.backends.protocol import Backend
+
+
+class Reference(Backend):
+    """The functions of reference.py over rows."""
+
+    name = "reference"
+
+    def measure(self, rows, *, sign, norm):
+        measured = [reference.measure(w, d, sign=sign, norm=norm) for w, d in zip(rows.tensors, rows.dims)]
+        magnitudes, balances, norms = zip(*measured)
+        return torch.cat(magnitudes), torch.cat(balances), torch.cat(norms) if norm else None
+
+    def pull(self, grads, rows, coefficients, *, scale, radial):
+        for grad, weight, dim, c in zip(grads, rows.tensors, rows.dims, rows.coefficients(coefficients)):
+            if grad is not None:
+                by = scale.to(c.device) if isinstance(scale, Tensor) else scale
+                reference.pull(grad, weight, c, dim, scale=by, radial=radial)
+
+    def shrink(self, rows, coefficients, *, rates, found_inf=None, radial):
+        for rate, weight, dim, c in zip(rates, rows.tensors, rows.dims, rows.coefficients(coefficients)):
+            rate = rate.to(c.device) if isinstance(rate, Tensor) else rate
+            scale = rate if found_inf is None else rate * (found_inf.to(c.device) == 0)
+            reference.shrink(weight, c, dim, scale=scale, radial=radial)

@@ -1,0 +1,1 @@
+"""The force: laws, `attach` and its handle, the store of coefficients, the hooks, `penalty`."""

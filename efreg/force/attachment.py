@@ -1,0 +1,335 @@
+"""attach(): a force on the weights of a model, acting at the optimizer's step and nowhere else."""
+
+import logging
+import weakref
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from efreg.force import stepping
+from efreg.force.batches import Charging, times
+from efreg.force.laws import Alpha, Charges, Factor, Law, resolve
+from efreg.force.serving import Serving
+from efreg.force.targets import Target, find_targets
+from efreg.groups import unwrap
+
+logger = logging.getLogger("efreg")
+
+UPDATES = ("gradient", "proximal")
+CHECKS = ("warn", None)
+
+
+def attach(
+    model: nn.Module,
+    alpha: Alpha | None = None,
+    *,
+    law: str | Law = "electrostatic",
+    layers=None,
+    scope: str = "weights",
+    refresh: int | None = None,
+    update: str = "gradient",
+    max_coefficient: float | None = None,
+    check: str | None = "warn",
+    backend: str = "auto",
+) -> "Attachment":
+    """Puts a force on `model`: from now on every optimizer step pulls its units (arXiv 2411.11079, Eq. 11).
+
+    The training loop stays as it is. Before the optimizer's own step c_n · sgn(w) is added to the gradients
+    (`update="gradient"`), or after it w ← sgn(w) · max(|w| − lr · c_n, 0) (`"proximal"`, which leaves exact
+    zeros). Works with gradient accumulation, GradScaler, clipping, closures, DDP and `torch.compile`. An
+    optimizer that divides gradients by their size, as Adam does, undoes a pull on them: take "proximal".
+
+    alpha: the strength α ≥ 0, with a law's name; an instance has its own. A function of the step makes it a
+        schedule (efreg.schedules has some); it is called with the steps that a weight was served before, and
+        must not hold the model. A 0-dim tensor is read at every step, on an accelerator without waiting.
+    law: a name that `efreg laws` lists, with parameters if need be ("ladder:power=4"), a class of your own as
+        "package.module.Class", or an instance: `efreg.Ladder(1e-2, power=2)`.
+    layers: None (every ungrouped convolution), a plan (its groups), or names, glob patterns and modules;
+        linear layers and transposed convolutions when named.
+    scope: "weights" pulls the weights that write a unit, as the paper does; "filter" all that removal takes
+        from it, each number with the unit's own coefficient: weights, biases, scales and shifts of norms,
+        depthwise weights. It needs a plan made with example_inputs. A unit has one charge, of all weights
+        that write it, in both.
+    refresh: None takes the charges once, at the first step; k takes them anew every k optimizer steps.
+    max_coefficient: none is larger, whatever the law says.
+    check: "warn" says once where a step of the force is larger than the mean |w| of what it pulls; None does
+        not look.
+    backend: "auto", "triton", "cuda", "cpp" or "reference"; EFREG_BACKEND sets what "auto" means.
+
+    A whole step can be captured into a CUDA graph after an eager one, with refresh=1, or with None once
+    charges have been taken, and with an α that is a number or a tensor on the device. What a graph reads is
+    kept until the process ends.
+
+    The force lives as long as the model or until `detach()`; a copy of the model does not carry it. A line
+    search (LBFGS with strong_wolfe) looks at the loss, which the force is not in: give it `penalty` instead.
+    Raises ValueError or TypeError, before anything changed, for arguments and layers that cannot be served,
+    BackendUnavailable for a backend that cannot be had.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: attach a torch.nn.Module")
+    if update not in UPDATES:
+        raise ValueError(f"unknown update {update!r}: there are {', '.join(UPDATES)}")
+    if check not in CHECKS:
+        raise ValueError(f"check is {check!r}: give 'warn' or None")
+    found = resolve(law, alpha)
+    if found.keeps and refresh != 1:
+        raise ValueError(f"{type(found).__name__} changes at every step: give refresh=1")
+    model = unwrap(model)
+    return Attachment(
+        model,
+        found,
+        find_targets(model, layers, scope),
+        scope=scope,
+        refresh=_checked_refresh(refresh),
+        update=update,
+        most=_checked_most(max_coefficient),
+        check=check,
+        backend=backend,
+    )
+
+
+class Attachment:
+    """A force at work, as `attach` returns it. As a context manager it detaches at the end.
+
+    law, scope, refresh_every, update: as given to `attach`.
+    """
+
+    def __init__(self, model, law, targets, *, scope, refresh, update, most, check, backend):
+        self.law: Law = law
+        self.scope: str = scope
+        self.refresh_every: int | None = refresh
+        self.update: str = update
+        self._serving = Serving(
+            model, law, targets, refresh=refresh, update=update, backend=backend, most=most, check=check
+        )
+        _warn_if_attached(model, targets)
+        self._finalizer = weakref.finalize(model, self.detach)
+        self._finalizer.atexit = False
+        stepping.subscribe(self._serving)
+        _attached.add(self)
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the layers or groups that the force acts on."""
+        return [target.name for target in self._serving.targets]
+
+    @property
+    def steps(self) -> int:
+        """How many steps have been served: the most that any weight was."""
+        return self._serving.steps
+
+    @torch.no_grad()
+    def energy(self) -> Tensor:
+        """α Σ_groups Σ_n F_n of the weights as they are now, the term of Eq. 7. 0-dim, on their device.
+
+        α is that of the last step; what `scope="filter"` pulls beside the weights is not in it.
+        """
+        terms = [
+            times(self._serving.unit_law.energy(charges, charges.coefficient), self._serving.strength(target))
+            for target, charges in self._now(fresh=True)
+        ]
+        return torch.stack([term.to(terms[0]) for term in terms]).sum()
+
+    @torch.no_grad()
+    def charges(self) -> dict[str, Charges]:
+        """Of each group, or layer, the statistics of the weights now, and the coefficients in force.
+
+        Before the charges were first taken, the coefficients are those that the weights now would have.
+        """
+        found = {
+            target.name: replace(
+                charges, coefficient=times(charges.coefficient, self._serving.strength(target))
+            )
+            for target, charges in self._now()
+        }
+        return {name: found[name] for name in self.layers if name in found}
+
+    @torch.no_grad()
+    def coefficients(self, parameter: Tensor) -> Tensor:
+        """The coefficients in force of a parameter's entries, shaped so that they multiply it; 0 where none act.
+
+        For optimizers that apply the force themselves: ask at every step. Before charges were taken all are 0.
+        Raises ValueError for a parameter that the force does not act on.
+        """
+        found = [f for f in self._serving._arranged() if f.parameter is parameter]
+        if not found:
+            raise ValueError("the force does not act on this parameter: give one that it pulls")
+        total = 0
+        for f in found:
+            shelf, filters = self._serving.store.shelf(f.target), parameter.shape[f.place.dim]
+            first, units = f.place.units(filters)
+            units = units.long().to(shelf.coefficients.device)
+            kept = shelf.numbers(f.target)["coefficient"]
+            own = torch.where(units < 0, 0, kept[units.clamp_min(0)])
+            own = times(own, self._serving.strength(f.target)).to(parameter.device)
+            c = own.new_zeros(filters).index_copy(
+                0, torch.arange(first, first + len(own), device=own.device), own
+            )
+            total = total + c.view([-1 if i == f.place.dim else 1 for i in range(parameter.ndim)])
+        return total
+
+    def pull(self, scale: Factor = 1.0) -> None:
+        """Adds the force to all gradients, times `scale`, and counts a step: for loops without torch.optim.
+
+        It is what the hook does before an optimizer's step; call it once an update, after backward.
+        """
+        self._serving.pull(scale)
+
+    def shrink(self, lr: Factor) -> None:
+        """The proximal step at this learning rate of all weights, counting a step: for loops without torch.optim.
+
+        It is what the hook does after an optimizer's step; call it once an update, after the weights moved.
+        """
+        self._serving.shrink(lr)
+
+    def refresh(self) -> None:
+        """Charges are taken anew at the next optimizer step."""
+        self._serving.forget()
+
+    def detach(self) -> None:
+        """Ends the force; the weights stay as they are. Doing it twice is doing it once."""
+        if self in _attached and not self.steps:
+            logger.warning(
+                "no step was served by %r: the force acts at the step of a torch.optim.Optimizer of this model; "
+                "call force.pull() or force.shrink(lr) in a loop of your own",
+                self,
+            )
+        stepping.unsubscribe(self._serving)
+        _attached.discard(self)
+        self._finalizer.detach()
+        self._serving.drop()
+
+    def state_dict(self) -> dict:
+        """What training resumes from: the coefficients in force, step counts, what the law keeps."""
+        groups = {
+            target.name: {
+                "served": target.clock.served,
+                "age": target.clock.age,
+                "kept": {
+                    name: x.clone() for name, x in self._serving.store.shelf(target).numbers(target).items()
+                },
+            }
+            for target in self._serving.targets
+            if target in self._serving.store and target.clock.age is not None
+        }
+        return {"steps": self.steps, "force": self._kind(), "groups": groups}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes up where `state_dict` left off.
+
+        Raises ValueError, changing nothing, for other layers or groups, and for another law, update, scope or
+        kind of α, a number or one that changes.
+        """
+        if not {"steps", "force", "groups"} <= state.keys():
+            raise ValueError("this is no state of a force: give what `state_dict` returned")
+        for name, mine in self._kind().items():
+            if (other := state["force"].get(name)) != mine:
+                raise ValueError(
+                    f"the state is of a force whose {name} is {other}; this one's is {mine}: attach the same"
+                )
+        self._serving._arranged()
+        store = self._serving.store
+        targets = {target.name: target for target in self._serving.targets if target in store}
+        for name, saved in state["groups"].items():
+            size = len(saved["kept"]["coefficient"])
+            if name not in targets or size != store.shelf(targets[name]).sizes[targets[name]]:
+                raise ValueError(f"the state has {name} with {size} filters; this force has not")
+        self._serving.drop()
+        for name, target in targets.items():
+            saved = state["groups"].get(name, {"served": state["steps"], "age": None, "kept": {}})
+            store.shelf(target).take(target, saved["kept"])
+            for place in target.places:
+                place.clock = type(place.clock)(saved["served"], saved["age"])
+
+    def __enter__(self) -> "Attachment":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.detach()
+
+    def __reduce__(self):
+        # A copied or pickled model carries no force: a handle kept on it becomes None in the copy.
+        return (_nothing, ())
+
+    def __repr__(self) -> str:
+        return (
+            f"Attachment({self.law}, {len(self.layers)} layers, {self._serving.units} filters, scope={self.scope!r}, "
+            f"refresh={self.refresh_every}, update={self.update!r}, backend={self._serving.backends}, "
+            f"{self.steps} steps served)"
+        )
+
+    def _kind(self) -> dict[str, Any]:
+        """What a state must agree in."""
+        law = self.law
+        told = (
+            [f"{f.name}={getattr(law, f.name)!r}" for f in fields(law) if f.name != "alpha"]
+            if is_dataclass(law)
+            else []
+        )
+        alpha = "one that changes" if self._serving.scheduled else "a number"
+        return {
+            "law": f"{type(law).__name__}({', '.join(told)})",
+            "update": self.update,
+            "scope": self.scope,
+            "alpha": alpha,
+        }
+
+    def _now(self, *, fresh: bool = False):
+        """Each target and its charges now; `fresh`: with the coefficients that they have now, else those in force."""
+        if self._serving.model() is None:
+            raise RuntimeError("the model of this force is gone")
+        law = self._serving.unit_law
+        for charging in self._serving.chargings():
+            yield from self._split(charging, law, fresh)
+
+    def _split(self, charging: Charging, law: Law, fresh: bool):
+        charges = charging.charges(law)
+        state = {name: charging.groups.take(flat) for name, flat in charging.shelf.state.items()}
+        now = replace(charges, state=state or law.begin(charges))
+        c = law.of(now)
+        if not fresh:
+            taken = torch.tensor(
+                [target.clock.age is not None for target in charging.targets], device=c.device
+            )
+            kept = charging.groups.take(charging.shelf.coefficients)
+            c = torch.where(taken[:, None], kept, c)
+        parts = [
+            None if x is None else charging.groups.split(x)
+            for x in (charges.magnitude, charges.sign, charges.norm, c)
+        ]
+        for i, target in enumerate(charging.targets):
+            m, s, norm, own = (None if part is None else part[i] for part in parts)
+            yield target, Charges(m, s, int(charging.groups.numbers[i]), norm, own)
+
+
+_attached: "weakref.WeakSet[Attachment]" = weakref.WeakSet()
+
+
+def _nothing() -> None:
+    return None
+
+
+def _warn_if_attached(model: nn.Module, targets: list[Target]) -> None:
+    def pulled(targets: list[Target]) -> set[int]:
+        places = (place.find(model) for target in targets for place in target.places)
+        return {id(found[2]) for found in places if found is not None}
+
+    mine = pulled(targets)
+    for other in _attached:
+        if not mine.isdisjoint(pulled(other._serving.targets)):
+            logger.warning("these layers have a force already (%r): both act from now on", other)
+            return
+
+
+def _checked_refresh(refresh: int | None) -> int | None:
+    if refresh is not None and (isinstance(refresh, bool) or not isinstance(refresh, int) or refresh < 1):
+        raise ValueError(f"refresh is {refresh!r}: give None (charges once) or a number of steps from 1 up")
+    return refresh
+
+
+def _checked_most(most: float | None) -> float | None:
+    if most is not None and (isinstance(most, bool) or not isinstance(most, (int, float)) or not most > 0):
+        raise ValueError(f"max_coefficient is {most!r}: give None or a number above 0")
+    return most

@@ -1,0 +1,249 @@
+"""Batches: the parameters that share the operations' calls."""
+
+import weakref
+from collections.abc import Callable, Sequence
+from operator import is_
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from efreg.backends.protocol import Backend, Kept, apply
+from efreg.backends.reference import accumulator
+from efreg.backends.rows import Groups, Rows, by_device_and_dtype
+from efreg.backends.sending import capturing
+from efreg.force.laws import Charges, Factor, Law
+from efreg.force.store import Shelf
+from efreg.force.targets import Clock, Place, Target
+
+Serving = Callable[[torch.device], Backend]
+"""The backend that serves a device."""
+
+
+class Found(NamedTuple):
+    """A place as it is in the model now."""
+
+    target: Target
+    place: Place
+    module: nn.Module
+    key: str
+    parameter: nn.Parameter
+
+
+class Charging:
+    """Targets whose charges are taken together, and the parameters that count for them.
+
+    These may lie on several devices and be of several dtypes; statistics come together on the shelf's.
+    """
+
+    def __init__(self, targets: Sequence[Target], found: Sequence[Found], shelf: Shelf, serving: Serving):
+        self.targets, self.shelf = list(targets), shelf
+        self.found = [f for target in targets for f in found if f.target is target]
+        parts = by_device_and_dtype(self.found, lambda f: f.parameter)
+        self._backends = [serving(part[0].parameter.device) for part in parts]
+        self._rows = [rows_of(part, shelf)[0] for part in parts]
+        fields = ("tensors", "dims", "units")
+        together = Rows(*([x for rows in self._rows for x in getattr(rows, field)] for field in fields))
+        owners = [self.targets.index(f.target) for part in parts for f in part]
+        sizes, starts = ([of[target] for target in targets] for of in (shelf.sizes, shelf.starts))
+        self.groups = Groups(together, sizes, starts, owners)
+
+    @property
+    def backend(self) -> Backend | None:
+        """The one backend that can take the charges; None where they come from several places."""
+        return self._backends[0] if len(self._backends) == 1 else None
+
+    def take(self, law: Law, kept: Kept | None = None) -> None:
+        """Writes the coefficients that the law gives the targets now."""
+        if self.backend:
+            self.backend.charge(self.groups, self.shelf.coefficients, law, kept)
+        else:
+            apply(law, self.groups, self._statistics(law), self.shelf.coefficients, kept)
+
+    def charges(self, law: Law) -> Charges:
+        """The targets' charges now, [G, N]."""
+        return self.groups.charges(*self._statistics(law))
+
+    def _statistics(self, law: Law) -> tuple[Tensor, Tensor, Tensor | None]:
+        like = self.shelf.coefficients
+        measured = [b.measure(rows, **law.statistics) for b, rows in zip(self._backends, self._rows)]
+        magnitude, balance, norm = (
+            None if parts[0] is None else torch.cat([part.to(like) for part in parts])
+            for parts in zip(*measured)
+        )
+        return magnitude, balance, norm
+
+
+class Batch:
+    """Parameters of one device and dtype that one optimizer steps and that have served as long.
+
+    They share a clock and the operations' calls. Charges of a target are taken with the batch that its lead is
+    in; its parameters in other batches find the coefficients there.
+
+    found: what is pulled. charged: what counts for the charges of the targets that lead here. owners: of each
+    parameter, by id, the optimizer's group; empty in a loop of the user's own.
+    """
+
+    def __init__(
+        self,
+        found: Sequence[Found],
+        charged: Sequence[Found],
+        shelf: Shelf,
+        serving: Serving,
+        owners: dict[int, dict],
+    ):
+        first = found[0]
+        led = [f.target for f in found if f.target.lead is f.place]
+        self.charging = (
+            Charging(led, [f for f in charged if f.target in set(led)], shelf, serving) if led else None
+        )
+        ahead = self.charging.found if led else []
+        there, before = {id(f.place) for f in found}, {id(f.place) for f in ahead}
+        self._together = bool(led) and before <= there and self.charging.backend is not None
+        self.found = (
+            [*ahead, *(f for f in found if id(f.place) not in before)] if self._together else list(found)
+        )
+        self.device, self.shelf, self.owners = first.parameter.device, shelf, owners
+        self.backend = serving(self.device)
+        self.clock = Clock(first.place.clock.served, first.place.clock.age)
+        for f in found:
+            f.place.clock = self.clock
+        self.maximize = bool(owners and owners[id(first.parameter)].get("maximize"))
+        self._due = self._begins = False
+        self._rows, self._slices = rows_of(self.found, shelf)
+        self._pulled: list[tuple[weakref.ref, int]] = []
+        self._gone: list[weakref.ref] = []
+        self._modules = [weakref.ref(f.module, self._gone.append) for f in self.found]
+        self._places = [(f.module._parameters, f.key) for f in (*self.found, *ahead)]
+        self._parameters = self._look_up()
+        self._known = self._look()
+
+    def is_current(self) -> bool:
+        """Whether the parameters are still those that the batch was made of, where they were."""
+        there = self._look_up()
+        return all(map(is_, there, self._parameters)) and self._look() == self._known and not self._gone
+
+    def begin(self, refresh: int | None) -> None:
+        """One more step: finds out whether charges are to be taken in it."""
+        age = self.clock.age
+        self._begins = age is None
+        self._due = self.charging is not None and (
+            age is None or refresh == 1 or bool(refresh and age >= refresh)
+        )
+        if refresh != 1 and (refresh or self._due) and capturing(self.device):
+            raise RuntimeError(
+                f"refresh={refresh} counts steps, which the replays of a CUDA graph do not: "
+                "capture with refresh=1, or with refresh=None after a step that has taken the charges"
+            )
+        self.clock.served += 1
+        self.clock.age = 1 if age is None or self._due else age + 1
+
+    @property
+    def is_due(self) -> bool:
+        """Whether charges are still to be taken in this step."""
+        return self._due
+
+    def charge(self, law: Law) -> None:
+        """Takes the charges that are due."""
+        if self._due:
+            self.charging.take(law, self._kept())
+
+    def pull(self, law: Law, scale: Factor, most: Factor | None, *, again: bool = False) -> None:
+        """Adds the force to the gradients, with charges taken now where they are due.
+
+        most: the largest coefficient. Gradients that nothing was written to since the last pull hold it already
+        and are left as they are, but with `again`.
+        """
+        there = [f.parameter.grad for f in self.found if f.parameter.grad is not None]
+        if self._holds(there) and not again:
+            return
+        grads, scale = self._gradients(), times(scale, -1.0) if self.maximize else scale
+        radial = law.direction == "radial"
+        if self._due and self._together and most is None:
+            self.backend.force(
+                grads,
+                self._rows,
+                self.charging.groups,
+                self.shelf.coefficients,
+                law,
+                scale=scale,
+                kept=self._kept(),
+            )
+        else:
+            self.charge(law)
+            self.backend.pull(grads, self._rows, self.coefficients(most), scale=scale, radial=radial)
+        self._pulled = [(weakref.ref(grad), _version(grad)) for grad in there]
+
+    def shrink(self, law: Law, rates: list[Factor], found_inf: Tensor | None, most: Factor | None) -> None:
+        """The proximal step of every parameter, at rates[i]."""
+        radial = law.direction == "radial"
+        self.backend.shrink(
+            self._rows, self.coefficients(most), rates=rates, found_inf=found_inf, radial=radial
+        )
+
+    def rates(self, strength: Factor) -> list[Factor]:
+        """Of each parameter the learning rate times α, 0 where it has no gradient."""
+        groups = {id(group): group for group in self.owners.values()}
+        by_group = {key: times(group["lr"], strength) for key, group in groups.items()}
+        return [
+            0.0 if f.parameter.grad is None else by_group[id(self.owners[id(f.parameter)])]
+            for f in self.found
+        ]
+
+    def coefficients(self, most: Factor | None = None) -> Tensor:
+        """Those in force as the rows read them, none above `most`."""
+        parameter, c = self.found[0].parameter, self.shelf.coefficients
+        c = c.to(parameter.device, accumulator(parameter.dtype))
+        return c if most is None else c.clamp(max=most)
+
+    def _kept(self) -> Kept:
+        """What the law keeps; charges are no longer due."""
+        kept = Kept(self.shelf.state, self._begins)
+        self._due = self._begins = False
+        return kept
+
+    def _gradients(self) -> list[Tensor | None]:
+        grads = [f.parameter.grad for f in self.found]
+        for i, (dim, first, length) in self._slices.items():
+            grads[i] = None if grads[i] is None else grads[i].detach().narrow(dim, first, length)
+        return grads
+
+    def _holds(self, grads: list[Tensor]) -> bool:
+        """Whether these gradients are as the last pull left them."""
+        return len(grads) == len(self._pulled) > 0 and all(
+            ref() is grad and version == _version(grad) for (ref, version), grad in zip(self._pulled, grads)
+        )
+
+    def _look_up(self) -> list:
+        return [parameters.get(key) for parameters, key in self._places]
+
+    def _look(self) -> tuple:
+        """What is compared at every step, with little time for each parameter."""
+        there = self._parameters
+        return list(map(Tensor.data_ptr, there)), list(map(Tensor.numel, there)), there[0].dtype
+
+
+def rows_of(found: Sequence[Found], shelf: Shelf) -> tuple[Rows, dict[int, tuple[int, int, int]]]:
+    """The places as rows, and which of them are slices of parameters: dimension, first entry, how many."""
+    tensors, units, slices = [], [], {}
+    for i, f in enumerate(found):
+        dim, filters = f.place.dim, f.parameter.shape[f.place.dim]
+        first, own = f.place.units(filters)
+        units.append(torch.where(own < 0, -1, own + shelf.starts[f.target]).to(torch.int32))
+        tensors.append(f.parameter)
+        if len(own) < filters:
+            slices[i] = dim, first, len(own)
+            tensors[i] = f.parameter.detach().narrow(dim, first, len(own))
+    return Rows(tensors, [f.place.dim for f in found], units), slices
+
+
+def times(number: Factor, strength: Factor) -> Factor:
+    """The product, where the number lies; a strength of 1 costs nothing."""
+    if isinstance(strength, Tensor):
+        return strength.to(number.device) * number if isinstance(number, Tensor) else strength * number
+    return number if strength == 1 else number * strength
+
+
+def _version(grad: Tensor) -> float:
+    """What tells whether a tensor was written to; of one made in inference mode nothing does."""
+    return float("nan") if grad.is_inference() else grad._version
