@@ -182,7 +182,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_strong_ladder_leaves_dead_what_removal_takes_without_a_trace(case):
-    """Units that the force has brought to zero are those that `plan(dead=True)` finds; outputs stay as they are."""
+    """Units that the force has brought to zero are those that `plan(dead=True)` finds; outputs stay."""
     model, x = CASES[case]()
     lively(model)
     plan = efreg.plan(model, ratio=0.5, example_inputs=x)
