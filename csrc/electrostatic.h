@@ -17,9 +17,10 @@ EFREG_ANYWHERE bool finite(T x) {
   return x - x == 0;
 }
 
-// √(a² + b²) of numbers ≥ 0, without overflow on the way; NaN where both are 0.
+// √(a² + b²) of numbers ≥ 0, without overflow on the way.
 template <typename T>
 EFREG_ANYWHERE T hypotenuse(T a, T b) {
+  if (b == 0) return a;
   const T large = a > b ? a : b, ratio = (a > b ? b : a) / large;
   return large * std::sqrt(1 + ratio * ratio);
 }

@@ -277,7 +277,7 @@ def _statistics(n, group, stats, LANES: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def _source(group, stats, LANES: tl.constexpr, ACC: tl.constexpr):
-    """The largest finite magnitude of a group, −1 if there is none, its sign, and the first unit that has it."""
+    """The largest finite magnitude of a group, −1 if there is none, its sign, and the first that has it."""
     best, at = tl.full([LANES], -1, ACC), tl.full([LANES], 0, tl.int32)
     sign = tl.full([LANES], 0, ACC)
     for start in range(0, group[0], LANES):

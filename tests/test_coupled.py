@@ -11,7 +11,6 @@ from small_networks import NETWORKS
 from torch import nn
 
 import efreg
-from efreg import backends
 from efreg.backends.rows import Groups, Rows
 
 ALPHA = 1e-9
@@ -231,3 +230,17 @@ def test_a_group_of_two_dtypes_has_one_charge(net, plan):
     torch.testing.assert_close(force.charges()[group.name].coefficient, exact[group.name], rtol=1e-4, atol=0)
     pull = exact[group.name].float().view(-1, 1, 1, 1) * before.sign()
     torch.testing.assert_close(before - net.b.weight, 0.1 * pull, rtol=1e-3, atol=1e-6)
+
+
+def test_a_penalty_on_groups_has_their_energy_and_their_pull(net, plan):
+    """Σ c_n · ‖w_n‖₁ over units, and c_n · sgn(w) as its gradient."""
+    law, expected = efreg.Electrostatic(ALPHA), expected_pull(net, plan, ("writes",))
+    term = efreg.penalty(net, law, layers=plan)
+    term.backward()
+    energy = 0
+    for cut in plan.cuts:
+        m = torch.tensor([w.abs().sum() for w in rows_of(net, cut.group)], dtype=torch.float64)
+        energy += (coefficients(net, cut.group) * m).sum()
+    torch.testing.assert_close(term.detach(), energy)
+    for key in ("stem.weight", "a.weight", "b.weight"):
+        torch.testing.assert_close(net.get_parameter(key).grad, expected[key], rtol=1e-9, atol=0)

@@ -85,6 +85,14 @@ def test_imports_go_one_way():
     pruning = {name: known for name, known in modules.items() if name.startswith("efreg.pruning")}
     for name, known in pruning.items():
         assert {other for other in known if not other.startswith("efreg.pruning")} <= {"efreg.groups"}, name
+    force = {
+        name: known for name, known in modules.items() if name.startswith(("efreg.force", "efreg.backends"))
+    }
+    for name, known in force.items():
+        assert all(
+            other.startswith(("efreg.force", "efreg.backends", "efreg.groups", "efreg.kernels"))
+            for other in known
+        ), name
 
 
 @pytest.mark.parametrize("name", ["efreg.backends.reference", "efreg.force.laws", "efreg.groups"])

@@ -277,7 +277,7 @@ def test_a_loop_without_an_optimizer(net, update, caplog):
 
 
 def test_a_schedule_lasts_as_long_for_every_layer_whoever_steps_it():
-    """Five optimizers of a parameter each, as in loops that step in the backward pass: α is each one's own."""
+    """Five optimizers of one parameter each, as where the backward pass steps: α is each one's own."""
     net = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(5)))
     force = efreg.attach(net, efreg.schedules.linear(0.1, 10), law="l1", layers="*")
     optimizers = [torch.optim.SGD(layer.parameters(), lr=0.01) for layer in net]

@@ -175,7 +175,7 @@ def test_out_of_reach_under_a_cap(net):
         ({"ratio": 0.5, "params": 2}, "give one of ratios, ratio, speedup"),
         ({"ratio": 0.5, "max_ratio": 1.5}, r"max_ratio 1.5 is outside \[0, 1\)"),
         ({"ratio": 0.5, "ranking": "local"}, "unknown ranking 'local': there are group, global"),
-        ({"ratio": 0.5, "importance": "taylor"}, "unknown importance 'taylor': there are l1, l2, norm_scale"),
+        ({"ratio": 0.5, "importance": "tailor"}, "unknown importance 'tailor': there are l1, l2, norm_scale"),
         ({"ratio": 0.5, "importance": ["l1"]}, r"unknown importance \['l1'\]"),
         ({"ratios": {"stem": 0.5}, "ranking": "global"}, "ranking='global' compares units over groups"),
         ({"ratio": 0.5, "round_to": 0}, "round_to is 0: give a whole number of at least 1"),
@@ -431,6 +431,12 @@ def by_geometric_median(net, name, unit):
     return sum(sqrt(sum((a - b) ** 2 for a, b in zip(own, other, strict=True))) for other in others)
 
 
+def by_taylor(net, name, unit):
+    weights = [net.get_submodule(writer).weight for writer in WRITERS[name]]
+    parts = [(w.grad[unit] * w[unit]).flatten().tolist() for w in weights]
+    return sum(x for part in parts for x in part) ** 2
+
+
 @pytest.mark.parametrize(
     ("importance", "in_python"),
     [
@@ -438,13 +444,15 @@ def by_geometric_median(net, name, unit):
         ("l2", by_l2),
         ("norm_scale", by_norm_scale),
         ("geometric_median", by_geometric_median),
+        ("taylor", by_taylor),
         (lambda group: torch.arange(group.size).flip(0), lambda net, name, unit: -unit),
         (lambda group: [(7 * n) % 5 for n in range(group.size)], lambda net, name, unit: (7 * unit) % 5),
     ],
-    ids=["l1", "l2", "norm_scale", "geometric_median", "a function", "a function with ties"],
+    ids=["l1", "l2", "norm_scale", "geometric_median", "taylor", "a function", "a function with ties"],
 )
 def test_the_least_important_units_go(net, importance, in_python):
     """Over all writers of a group; of equal ones the higher index goes first."""
+    net(X).square().sum().backward()
     found = plan(net, importance=importance).filters(net)
     for name, units in found.items():
         ranked = sorted(range(SIZES[name]), key=lambda unit: (in_python(net, name, unit), -unit))
@@ -462,6 +470,11 @@ def test_the_least_important_units_go(net, importance, in_python):
 def test_bad_importances(net, importance, message):
     with pytest.raises(ValueError, match=message):
         plan(net, importance=importance)
+
+
+def test_taylor_needs_gradients(net):
+    with pytest.raises(ValueError, match="has no gradient, by which taylor ranks: run forward and backward"):
+        plan(net, importance="taylor")
 
 
 def test_a_group_without_a_norm_has_no_norm_scale():

@@ -279,14 +279,20 @@ void shrink_filter(const Row& row, int64_t n, acc_of<scalar_t> c, bool radial) {
   }
 }
 
-// Sums over what writes each unit of a group.
+// A statistic of each unit of a group: the sum over what writes it, in `sums`, or where one row writes them
+// all, in order, the statistics of this row themselves.
 template <typename acc_t>
-void sum_up(const Groups& groups, int64_t g, const acc_t* of_filters, std::vector<acc_t>& of_units) {
-  const auto depth = groups.depth(g);
-  of_units.assign(groups.units(g), 0);
-  for (int64_t n = 0; n < groups.units(g); ++n)
+const acc_t* of_units(const Groups& groups, int64_t g, const acc_t* of_filters, std::vector<acc_t>& sums) {
+  const auto units = groups.units(g), depth = groups.depth(g);
+  const auto* members = groups.of(g);
+  int64_t in_a_row = 0;
+  while (depth == 1 && in_a_row < units && members[in_a_row] == members[0] + in_a_row) ++in_a_row;
+  if (in_a_row == units && units > 0 && members[0] >= 0) return of_filters + members[0];
+  sums.assign(units, 0);
+  for (int64_t n = 0; n < units; ++n)
     for (int64_t k = 0; k < depth; ++k)
-      if (const auto member = groups.of(g)[n * depth + k]; member >= 0) of_units[n] += of_filters[member];
+      if (const auto member = members[n * depth + k]; member >= 0) sums[n] += of_filters[member];
+  return sums.data();
 }
 
 // Eq. 10 for a group whose filters have been measured.
@@ -294,20 +300,19 @@ template <typename acc_t>
 void charge_group(
     const Groups& groups, int64_t g, const acc_t* magnitude, const acc_t* balance, acc_t* coefficients,
     const Electrostatic& law) {
-  std::vector<acc_t> m, b;
-  sum_up(groups, g, magnitude, m);
-  sum_up(groups, g, balance, b);
-  const auto sign_of = [&](int64_t n) { return std::isfinite(m[n]) ? sgn(b[n]) : acc_t(0); };
+  std::vector<acc_t> magnitudes, balances;
+  const auto* m = of_units(groups, g, magnitude, magnitudes);
+  const auto* b = of_units(groups, g, balance, balances);
+  const auto units = groups.units(g);
   auto* c = coefficients + groups.begin(g);
   int64_t source = -1;
-  for (int64_t n = 0; n < groups.units(g); ++n)
-    if (std::isfinite(m[n]) && (source < 0 || m[n] > m[source])) source = n;
-  for (int64_t n = 0; n < groups.units(g); ++n)
-    c[n] = n == source || source < 0
-        ? acc_t(0)
-        : electrostatic(
-              m[n], sign_of(n), m[source], sign_of(source), static_cast<acc_t>(law.strength),
-              static_cast<acc_t>(law.softening));
+  for (int64_t n = 0; n < units; ++n)
+    if (finite(m[n]) && (source < 0 || m[n] > m[source])) source = n;
+  if (source < 0) return static_cast<void>(std::fill_n(c, units, acc_t(0)));
+  const auto strength = static_cast<acc_t>(law.strength), softening = static_cast<acc_t>(law.softening);
+  for (int64_t n = 0; n < units; ++n)
+    c[n] = electrostatic(m[n], sgn(b[n]), m[source], sgn(b[source]), strength, softening);
+  c[source] = 0;
 }
 
 // A few rows, and the groups that they are.

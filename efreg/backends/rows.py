@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from efreg.backends.sending import send
-from efreg.force.laws import Charges
+from efreg.force.laws import Charges, is_finite
 
 T = TypeVar("T")
 
@@ -219,4 +219,4 @@ def _members(units: Tensor, size: int, filters: Tensor) -> Tensor:
 
 def _sign(magnitude: Tensor, balance: Tensor) -> Tensor:
     """s_n: which way a unit's signs are out of balance (Eq. 4); 0 for one that is not finite."""
-    return torch.where(magnitude.isfinite(), balance.sign(), 0)
+    return torch.where(is_finite(magnitude), balance.sign(), 0)

@@ -113,7 +113,7 @@ class Table:
 
 
 class Shapes(NamedTuple):
-    """Groups on a device, laid out as kernels/force.py says: owners, groups, members; and a counter for each."""
+    """Groups on a device, as kernels/force.py has them: owners, groups, members; and a counter for each."""
 
     owners: Tensor
     groups: Tensor
@@ -126,11 +126,8 @@ def shapes_of(groups: Groups, device: torch.device) -> Shapes:
     if groups.on_device is None:
         with torch.device("cpu"), torch.inference_mode(False):
             shapes, members = groups.packed
-            owners, tiles = (
-                torch.tensor(groups.owners),
-                torch.tensor(tiles_of(groups.rows.filters, groups.rows.sizes)),
-            )
-            shapes = shapes.clone()
+            shapes, owners = shapes.clone(), torch.tensor(groups.owners)
+            tiles = torch.tensor(tiles_of(groups.rows.filters, groups.rows.sizes))
             shapes[:, 2] = torch.zeros(len(shapes), dtype=torch.int64).index_add_(0, owners, tiles)
             done = torch.zeros(len(shapes), dtype=torch.int32)
             arrays = (owners, torch.int32), (shapes, torch.int64), (members, torch.int32), (done, torch.int32)

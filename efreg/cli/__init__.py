@@ -1,4 +1,4 @@
-"""The console script `efreg`: inspect, plan, prune and report any network; train, sweep, demo, paper; env, laws."""
+"""The console script `efreg`: any network inspected, planned, pruned; trainings and tables; laws and env."""
 
 import argparse
 import importlib.util

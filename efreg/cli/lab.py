@@ -5,7 +5,6 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import fields
 from pathlib import Path
 
-import efreg
 from efreg.cli.commands import Command
 
 

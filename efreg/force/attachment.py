@@ -148,9 +148,10 @@ class Attachment:
 
     @torch.no_grad()
     def coefficients(self, parameter: Tensor) -> Tensor:
-        """The coefficients in force of a parameter's entries, shaped so that they multiply it; 0 where none act.
+        """The coefficients in force of a parameter's entries, shaped so that they multiply it; 0: none acts.
 
-        For optimizers that apply the force themselves: ask at every step. Before charges were taken all are 0.
+        For optimizers that apply the force themselves: ask at every step. Before charges were taken they are
+        0.
         Raises ValueError for a parameter that the force does not act on.
         """
         found = [f for f in self._serving._arranged() if f.parameter is parameter]
@@ -178,7 +179,7 @@ class Attachment:
         self._serving.pull(scale)
 
     def shrink(self, lr: Factor) -> None:
-        """The proximal step at this learning rate of all weights, counting a step: for loops without torch.optim.
+        """The proximal step of all weights at this learning rate, counting a step; as `pull` is.
 
         It is what the hook does after an optimizer's step; call it once an update, after the weights moved.
         """
@@ -192,8 +193,8 @@ class Attachment:
         """Ends the force; the weights stay as they are. Doing it twice is doing it once."""
         if self in _attached and not self.steps:
             logger.warning(
-                "no step was served by %r: the force acts at the step of a torch.optim.Optimizer of this model; "
-                "call force.pull() or force.shrink(lr) in a loop of your own",
+                "no step was served by %r: the force acts at the step of a torch.optim.Optimizer of this "
+                "model; call force.pull() or force.shrink(lr) in a loop of your own",
                 self,
             )
         stepping.unsubscribe(self._serving)
@@ -255,8 +256,9 @@ class Attachment:
 
     def __repr__(self) -> str:
         return (
-            f"Attachment({self.law}, {len(self.layers)} layers, {self._serving.units} filters, scope={self.scope!r}, "
-            f"refresh={self.refresh_every}, update={self.update!r}, backend={self._serving.backends}, "
+            f"Attachment({self.law}, {len(self.layers)} layers, {self._serving.units} filters, "
+            f"scope={self.scope!r}, refresh={self.refresh_every}, update={self.update!r}, "
+            f"backend={self._serving.backends}, "
             f"{self.steps} steps served)"
         )
 
@@ -277,7 +279,7 @@ class Attachment:
         }
 
     def _now(self, *, fresh: bool = False):
-        """Each target and its charges now; `fresh`: with the coefficients that they have now, else those in force."""
+        """Each target and its charges now, with the coefficients in force, or `fresh`, those of now."""
         if self._serving.model() is None:
             raise RuntimeError("the model of this force is gone")
         law = self._serving.unit_law

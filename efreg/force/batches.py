@@ -77,8 +77,8 @@ class Charging:
 class Batch:
     """Parameters of one device and dtype that one optimizer steps and that have served as long.
 
-    They share a clock and the operations' calls. Charges of a target are taken with the batch that its lead is
-    in; its parameters in other batches find the coefficients there.
+    They share a clock and the operations' calls. Charges of a target are taken with the batch that has its
+    lead; its parameters in other batches find the coefficients there.
 
     found: what is pulled. charged: what counts for the charges of the targets that lead here. owners: of each
     parameter, by id, the optimizer's group; empty in a loop of the user's own.
@@ -111,10 +111,13 @@ class Batch:
         self.maximize = bool(owners and owners[id(first.parameter)].get("maximize"))
         self._due = self._begins = False
         self._rows, self._slices = rows_of(self.found, shelf)
-        self._pulled: list[tuple[weakref.ref, int]] = []
+        self._pulled = [f.parameter for f in self.found]
+        self._seen: list[Callable[[], Tensor | None]] = []
+        self._versions: list[int] | None = None
         self._gone: list[weakref.ref] = []
         self._modules = [weakref.ref(f.module, self._gone.append) for f in self.found]
-        self._places = [(f.module._parameters, f.key) for f in (*self.found, *ahead)]
+        others = [f for f in ahead if id(f.place) not in there]
+        self._places = [(f.module._parameters, f.key) for f in (*self.found, *others)]
         self._parameters = self._look_up()
         self._known = self._look()
 
@@ -151,13 +154,13 @@ class Batch:
     def pull(self, law: Law, scale: Factor, most: Factor | None, *, again: bool = False) -> None:
         """Adds the force to the gradients, with charges taken now where they are due.
 
-        most: the largest coefficient. Gradients that nothing was written to since the last pull hold it already
-        and are left as they are, but with `again`.
+        most: the largest coefficient. Gradients that nothing was written to since the last pull hold it
+        already and are left as they are, but with `again`.
         """
-        there = [f.parameter.grad for f in self.found if f.parameter.grad is not None]
-        if self._holds(there) and not again:
+        whole = [parameter.grad for parameter in self._pulled]
+        if not again and self._hold(whole):
             return
-        grads, scale = self._gradients(), times(scale, -1.0) if self.maximize else scale
+        grads, scale = self._sliced(whole), times(scale, -1.0) if self.maximize else scale
         radial = law.direction == "radial"
         if self._due and self._together and most is None:
             self.backend.force(
@@ -172,7 +175,7 @@ class Batch:
         else:
             self.charge(law)
             self.backend.pull(grads, self._rows, self.coefficients(most), scale=scale, radial=radial)
-        self._pulled = [(weakref.ref(grad), _version(grad)) for grad in there]
+        self._remember(whole)
 
     def shrink(self, law: Law, rates: list[Factor], found_inf: Tensor | None, most: Factor | None) -> None:
         """The proximal step of every parameter, at rates[i]."""
@@ -202,17 +205,25 @@ class Batch:
         self._due = self._begins = False
         return kept
 
-    def _gradients(self) -> list[Tensor | None]:
-        grads = [f.parameter.grad for f in self.found]
+    def _sliced(self, grads: list[Tensor | None]) -> list[Tensor | None]:
+        """The gradients of the rows, which may be slices of parameters."""
         for i, (dim, first, length) in self._slices.items():
-            grads[i] = None if grads[i] is None else grads[i].detach().narrow(dim, first, length)
+            if grads[i] is not None:
+                grads = [*grads[:i], grads[i].detach().narrow(dim, first, length), *grads[i + 1 :]]
         return grads
 
-    def _holds(self, grads: list[Tensor]) -> bool:
+    def _hold(self, grads: list[Tensor | None]) -> bool:
         """Whether these gradients are as the last pull left them."""
-        return len(grads) == len(self._pulled) > 0 and all(
-            ref() is grad and version == _version(grad) for (ref, version), grad in zip(self._pulled, grads)
+        return (
+            self._versions is not None
+            and self._versions == _versions(grads)
+            and all(map(is_, grads, (ref() for ref in self._seen)))
         )
+
+    def _remember(self, grads: list[Tensor | None]) -> None:
+        if len(self._seen) != len(grads) or not all(map(is_, grads, (ref() for ref in self._seen))):
+            self._seen = [_nothing if grad is None else weakref.ref(grad) for grad in grads]
+        self._versions = _versions(grads)
 
     def _look_up(self) -> list:
         return [parameters.get(key) for parameters, key in self._places]
@@ -244,6 +255,13 @@ def times(number: Factor, strength: Factor) -> Factor:
     return number if strength == 1 else number * strength
 
 
-def _version(grad: Tensor) -> float:
-    """What tells whether a tensor was written to; of one made in inference mode nothing does."""
-    return float("nan") if grad.is_inference() else grad._version
+def _versions(grads: Sequence[Tensor | None]) -> list[int] | None:
+    """What tells whether gradients were written to; None where nothing does, as in inference mode."""
+    try:
+        return [-1 if grad is None else grad._version for grad in grads]
+    except RuntimeError:
+        return None
+
+
+def _nothing() -> None:
+    return None

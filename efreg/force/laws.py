@@ -59,9 +59,14 @@ class Charges:
         return self._finite(-1).argmax(-1)
 
     @property
+    def finite(self) -> Tensor:
+        """[..., N], which units are: neither NaN nor infinite, nor behind the last."""
+        return is_finite(self.magnitude)
+
+    @property
     def count(self) -> Tensor:
         """[..., 1], how many units are finite: N, where all are."""
-        return self.magnitude.isfinite().sum(-1, keepdim=True)
+        return self.finite.sum(-1, keepdim=True)
 
     @property
     def index(self) -> Tensor:
@@ -74,7 +79,7 @@ class Charges:
         return torch.empty_like(order).scatter_(-1, order, self.index.expand_as(order))
 
     def _finite(self, other: float) -> Tensor:
-        return torch.where(self.magnitude.isfinite(), self.magnitude, other)
+        return torch.where(self.finite, self.magnitude, other)
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ class Law:
                 f"{type(self).__name__}.coefficients gave a tensor {tuple(c.shape)} for magnitudes "
                 f"{tuple(m.shape)}: sum and index along the last dimension, keep the first"
             )
-        return torch.where(c.isfinite() & m.isfinite(), c, 0)
+        return torch.where(is_finite(c) & charges.finite, c, 0)
 
     def energy(self, charges: Charges, coefficients: Tensor) -> Tensor:
         """α Σ_n F_n: Σ c_n · ‖w_n‖₁, or Σ c_n · ‖w_n‖₂ for a radial law, over all groups. 0-dim.
@@ -207,7 +212,7 @@ class Electrostatic(Law):
         else:
             r = torch.hypot(r, self.softening * m_src) if self.softening else r
             c = (torch.full_like(r, self.strength) / r) * (m_src / r)
-        acts = c.isfinite() & (s != 0) & (s_src != 0) & (charges.index != source)
+        acts = is_finite(c) & (s != 0) & (s_src != 0) & (charges.index != source)
         return torch.where(acts, c, 0)
 
 
@@ -247,7 +252,7 @@ class Gravity(Law):
         first = first.unsqueeze(-1)
         mass = m.gather(-1, first)
         d = (mass - m).abs() if self.distance == "mass" else (charges.index - first).abs().to(m)
-        there = m.isfinite() & (d > 0)
+        there = charges.finite & (d > 0)
         if self.reading == "abstract":
             near = torch.where(there, d, math.inf).amin(-1, keepdim=True)
             d = near + torch.where(there, d, 0).amax(-1, keepdim=True) - d
@@ -329,7 +334,7 @@ class GroupLasso(Law):
 
 @dataclass(frozen=True)
 class GReg1(Law):
-    """Growing regularization, GReg-1: c_n = f_n · ‖w_n‖₂ along w/‖w_n‖₂, f_n growing (Wang et al., ICLR 2021).
+    """Growing regularization, GReg-1: c_n = f_n · ‖w_n‖₂ along w/‖w_n‖₂ (Wang et al., ICLR 2021).
 
     The ⌈ratio · N⌉ units of the smallest magnitude are picked when charges are first taken. Their factor f_n
     begins at 0 and grows by α every `every` steps until it is above `ceiling`; the others have none. So the
@@ -377,9 +382,10 @@ class GReg1(Law):
 
 @dataclass(frozen=True)
 class GReg2(GReg1):
-    """Growing regularization, GReg-2: every factor grows first, by `first` up to `pick_at`; then the ⌈ratio · N⌉
-    units that are the smallest by then are picked and grow by α, and the others' factors are set to `others`
-    (Wang et al., ICLR 2021; numbers from their public code).
+    """Growing regularization, GReg-2: all factors grow before units are picked (Wang et al., ICLR 2021).
+
+    They grow by `first` up to `pick_at`; then the ⌈ratio · N⌉ units that are the smallest by then are picked
+    and grow by α, and the others' factors are set to `others`. Numbers from the authors' public code.
     """
 
     formula: ClassVar[str] = "as greg1, picked once all factors have grown to pick_at"
@@ -412,6 +418,11 @@ LAWS: dict[str, type[Law]] = {
     "greg2": GReg2,
 }
 """The laws that can be asked for by name."""
+
+
+def is_finite(x: Tensor) -> Tensor:
+    """As `torch.isfinite`, in two operations instead of five."""
+    return x - x == 0
 
 
 def strength_at(alpha: Alpha, step: int) -> Factor:

@@ -1,15 +1,18 @@
 """The operators of torch.library, `torch.ops.efreg.*`, and what is made of them: `measure` and `penalty`."""
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from efreg.backends import select
 from efreg.backends.reference import accumulator
-from efreg.backends.rows import Rows, by_device_and_dtype
-from efreg.force.laws import Charges, Law
-from efreg.force.targets import check_weight, weights_of
+from efreg.backends.rows import Groups, Rows, by_device_and_dtype
+from efreg.force.laws import Charges, Law, is_finite
+from efreg.force.targets import Place, Target, check_weight, find_targets
+from efreg.groups import unwrap
 
 TAGS = (torch.Tag.cudagraph_unsafe,)
 """The graphs that torch.compile captures by itself go around the operators: tables outlive such a graph."""
@@ -34,10 +37,10 @@ def _filters(weights: Sequence[Tensor], dims: Sequence[int]) -> int:
 
 @torch.library.custom_op("efreg::measure", mutates_args=(), tags=TAGS)
 def measure_op(weights: Sequence[Tensor], dims: Sequence[int], sign: str, norm: bool) -> list[Tensor]:
-    """Magnitudes, balances and, where `norm`, L2 norms of all filters, weight behind weight (reference.measure).
+    """Magnitudes, balances and, where `norm`, L2 norms of all filters (reference.measure).
 
     weights: float tensors of one dtype and device, filters along `dims`.
-    Returns tensors [Σ N] in float32, or float64 for float64 weights.
+    Returns tensors [Σ N], weight behind weight, in float32, or float64 for float64 weights.
     """
     _check(weights, dims)
     statistics = select("auto", weights[0].device).measure(Rows.of(weights, dims), sign=sign, norm=norm)
@@ -87,14 +90,23 @@ def measure(weight: Tensor, dim: int = 0) -> Charges:
 
 
 class _Penalty(torch.autograd.Function):
-    """Σ_layers α Σ_n F_n of weights of one dtype and device; backward is Eq. 10, charges held constant."""
+    """Σ_groups α Σ_n F_n of weights of one dtype and device; backward is Eq. 10, charges held constant.
+
+    groups: what the weights write together; None where each writes units of its own.
+    """
 
     @staticmethod
-    def forward(ctx, law: Law, dims: list[int], *weights: Tensor) -> Tensor:
+    def forward(ctx, law: Law, dims: list[int], groups: Groups | None, *weights: Tensor) -> Tensor:
         magnitude, balance, *norm = measure_op(weights, dims, **law.statistics)
-        charges = _charges(weights, dims, magnitude, balance, *norm)
-        c = law.of(charges)
-        coefficients = torch.cat([row[: w.shape[dim]] for row, w, dim in zip(c, weights, dims)])
+        if groups is None:
+            charges = _charges(weights, dims, magnitude, balance, *norm)
+            c = law.of(charges)
+            coefficients = torch.cat([row[: w.shape[dim]] for row, w, dim in zip(c, weights, dims)])
+        else:
+            charges = groups.charges(magnitude, balance, *norm or (None,))
+            c, of_units = law.of(charges), magnitude.new_zeros(sum(groups.sizes))
+            groups.put(c, of_units)
+            coefficients = torch.cat(groups.rows.coefficients(of_units))
         ctx.save_for_backward(coefficients, *weights)
         ctx.dims, ctx.radial = dims, law.direction == "radial"
         return law.energy(charges, c)
@@ -102,7 +114,7 @@ class _Penalty(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_energy: Tensor):
         coefficients, *weights = ctx.saved_tensors
-        return None, None, *pull_op(weights, coefficients * grad_energy, ctx.dims, ctx.radial)
+        return None, None, None, *pull_op(weights, coefficients * grad_energy, ctx.dims, ctx.radial)
 
 
 def _charges(
@@ -119,7 +131,7 @@ def _charges(
         return nn.utils.rnn.pad_sequence(statistic.split(filters), batch_first=True, padding_value=torch.nan)
 
     m = rows(magnitude)
-    signs = torch.where(m.isfinite(), rows(balance).sign(), 0)
+    signs = torch.where(is_finite(m), rows(balance).sign(), 0)
     sizes = [weight.numel() // max(n, 1) for weight, n in zip(weights, filters)]
     size = torch.tensor(sizes, dtype=m.dtype, device=m.device).unsqueeze(1)
     return Charges(m, signs, size, None if norm is None else rows(norm))
@@ -144,20 +156,42 @@ def penalty(model_or_weights: nn.Module | Tensor | Iterable[Tensor], law: Law, *
     if isinstance(law.alpha, Tensor):
         term = penalty(model_or_weights, law.at_unit_strength(), layers=layers)
         return term * law.alpha.detach().to(term)
-    pairs = _weights_and_dims(model_or_weights, layers)
-    groups = by_device_and_dtype(pairs, lambda pair: pair[0])
-    terms = [_Penalty.apply(law, [dim for _, dim in g], *(weight for weight, _ in g)) for g in groups]
+    if isinstance(model_or_weights, nn.Module):
+        terms = [_Penalty.apply(law, *part) for part in _of_model(model_or_weights, layers)]
+    else:
+        terms = [_Penalty.apply(law, *part) for part in _of_weights(model_or_weights, layers)]
     return terms[0] if len(terms) == 1 else torch.stack([t.to(terms[0]) for t in terms]).sum()
 
 
-def _weights_and_dims(model_or_weights, layers) -> list[tuple[Tensor, int]]:
-    if isinstance(model_or_weights, nn.Module):
-        return list(weights_of(model_or_weights, layers))
+def _of_weights(weights: Tensor | Iterable[Tensor], layers: Any) -> list[tuple]:
+    """Weights of one device and dtype at a time, as `_Penalty` takes them."""
     if layers is not None:
         raise ValueError("layers are chosen from a model; with weights given, leave them out")
-    weights = [model_or_weights] if isinstance(model_or_weights, Tensor) else list(model_or_weights)
+    weights = [weights] if isinstance(weights, Tensor) else list(weights)
     if not weights:
         raise ValueError("no weights were given")
     for i, weight in enumerate(weights):
         check_weight(weight, f"weight {i}")
-    return [(weight, 0) for weight in weights]
+    return [([0] * len(part), None, *part) for part in by_device_and_dtype(weights, lambda weight: weight)]
+
+
+def _of_model(model: nn.Module, layers: Any) -> list[tuple]:
+    """The targets of one device and dtype at a time, as `_Penalty` takes them."""
+    found = [(target, target.writers(unwrap(model))) for target in find_targets(model, layers)]
+    parts = by_device_and_dtype(found, lambda pair: pair[1][0][0])
+    return [_together(part) for part in parts]
+
+
+def _together(part: Sequence[tuple[Target, list[tuple[Tensor, Place]]]]) -> tuple:
+    """Dimensions, groups and weights; groups only where they are more than a weight each."""
+    written = [(weight, place, owner) for owner, (_, own) in enumerate(part) for weight, place in own]
+    dims, weights = [place.dim for _, place, _ in written], [weight for weight, _, _ in written]
+    if len({(weight.device, weight.dtype) for weight in weights}) > 1:
+        raise ValueError("a group of the plan lies in several dtypes or on several devices: attach the force")
+    if all(target.is_one_layer for target, _ in part):
+        return dims, None, *weights
+    sizes = [target.size(own[0][0]) for target, own in part]
+    starts = list(accumulate(sizes, initial=0))
+    units = [place.all_units(weight.shape[place.dim], starts[owner]) for weight, place, owner in written]
+    groups = Groups(Rows(weights, dims, units), sizes, starts[:-1], [owner for _, _, owner in written])
+    return dims, groups, *weights

@@ -69,7 +69,7 @@ class Serving:
     def before_step(
         self, optimizer: Optimizer, args: tuple, kwargs: dict, *, step: int, outermost: bool
     ) -> tuple[tuple, dict]:
-        """The pre hook of every optimizer step (efreg/force/stepping.py); a nested one serves what is left."""
+        """The pre hook of every optimizer step; a nested one serves what is left."""
         nest = self._nest
         if outermost:
             nest.served, nest.claims = [], {}
@@ -239,7 +239,7 @@ class Serving:
         return evaluate
 
     def _batches_of(self, optimizer: Optimizer) -> list[Batch]:
-        """What `optimizer` steps of this model, batched anew where weights or the optimizer's groups changed."""
+        """What `optimizer` steps of this model, batched anew where weights or its groups changed."""
         signature = [
             (id(group), id(group["params"]), len(group["params"]), bool(group.get("maximize")))
             for group in optimizer.param_groups
@@ -292,8 +292,10 @@ class Serving:
 
     def _unserved(self, batches: list[Batch]) -> list[Batch]:
         """The batches without what this outermost step has served already."""
+        if not self._nest.served:
+            return batches
         served = {id(f.place) for batch in self._nest.served for f in batch.found}
-        if not served or not any(id(f.place) in served for batch in batches for f in batch.found):
+        if not any(id(f.place) in served for batch in batches for f in batch.found):
             return batches
         left = [f for batch in batches for f in batch.found if id(f.place) not in served]
         owners = {key: group for batch in batches for key, group in batch.owners.items()}
@@ -327,8 +329,8 @@ class Serving:
             ADAPTIVE.search(kind.__name__) for kind in type(optimizer).__mro__
         ):
             self._report(
-                "%s divides gradients by their size, the force's among them, so that all units are pulled alike: "
-                "take update='proximal', which acts on the weights after its step",
+                "%s divides gradients by their size, the force's among them, so that all units are pulled "
+                "alike: take update='proximal', which acts on the weights after its step",
                 [name],
             )
 
@@ -353,8 +355,8 @@ def _require_rates(optimizer: Optimizer, batches: Sequence[Batch]) -> None:
         rate = group.get("lr")
         if isinstance(rate, bool) or not isinstance(rate, (int, float, Tensor)):
             raise ValueError(
-                f"{type(optimizer).__name__} has no learning rate (lr is {rate!r}), which a proximal step needs: "
-                "give it one, or take update='gradient'"
+                f"{type(optimizer).__name__} has no learning rate (lr is {rate!r}), which a proximal step "
+                "needs: give it one, or take update='gradient'"
             )
 
 

@@ -48,7 +48,7 @@ class Shelf:
 
 
 class Store:
-    """Shelves for all targets of a force. They are arranged anew where weights have moved or changed in size."""
+    """Shelves for all targets of a force, arranged anew where weights have moved or changed in size."""
 
     def __init__(self) -> None:
         self._shelves: dict[Key, Shelf] = {}
@@ -62,7 +62,7 @@ class Store:
         return self._places[target]
 
     def arrange(self, weights: dict[Target, Tensor]) -> bool:
-        """Makes room for these targets, where the first of their weights lie now. Whether anything had to move.
+        """Makes room for these targets, where the first of their weights lie now. Whether anything moved.
 
         A target whose number of units changed begins anew.
         """

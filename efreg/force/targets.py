@@ -2,7 +2,7 @@
 
 import fnmatch
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -76,7 +76,7 @@ class Place:
         return self._member is None or self._member.whole
 
     def units(self, filters: int) -> tuple[int, Tensor]:
-        """The first entry that belongs to a unit, and the unit of each from there to the last one; else −1."""
+        """The first entry that belongs to a unit, and the unit of each from there to the last; else −1."""
         if self.is_whole:
             return 0, torch.arange(filters, dtype=torch.int32, device="cpu")
         index, unit = self._member.index.cpu(), self._member.unit.cpu()
@@ -84,6 +84,13 @@ class Place:
         found = torch.full((last - first + 1,), -1, dtype=torch.int32, device="cpu")
         found[index - first] = unit.to(torch.int32)
         return first, found
+
+    def all_units(self, filters: int, start: int) -> Tensor:
+        """The unit of every entry, counted from `start`; −1 where it belongs to none."""
+        first, own = self.units(filters)
+        found = torch.full((filters,), -1, dtype=torch.int32, device="cpu")
+        found[first : first + len(own)] = torch.where(own < 0, -1, own + start).to(torch.int32)
+        return found
 
     def fits(self, parameter: nn.Parameter) -> bool:
         """Whether the parameter has the entries that were planned."""
@@ -116,6 +123,11 @@ class Target:
     def size(self, weight: Tensor) -> int:
         """How many units there are, N, where this is the first of the weights."""
         return weight.shape[self.places[0].dim] if self._size is None else self._size
+
+    def writers(self, model: nn.Module) -> list[tuple[Tensor, Place]]:
+        """The weights whose rows count for the charge, and where they are."""
+        places = [(place.find(model), place) for place in self.places if place.charged]
+        return [(found[2], place) for found, place in places if found is not None]
 
     @property
     def is_one_layer(self) -> bool:
@@ -198,21 +210,6 @@ def _parameter(model: nn.Module, member: Member) -> nn.Parameter:
     if not isinstance(found, nn.Parameter):
         raise ValueError(f"{member.tensor} is a buffer, which no optimizer steps: leave its group out")
     return found
-
-
-def weights_of(model: nn.Module, layers: Any = None) -> Iterator[tuple[Tensor, int]]:
-    """The weight of each layer meant by `layers`, and the dimension along which its filters lie.
-
-    Raises ValueError for a plan whose units are more than the filters of one layer.
-    """
-    for target in find_targets(model, layers):
-        if not target.is_one_layer:
-            raise ValueError(
-                f"the units of {target.name!r} are written by more than one layer, which a penalty does not "
-                "know: attach the force, or make the plan with coupled=False"
-            )
-        _, _, weight = target.places[0].find(unwrap(model))
-        yield weight, target.places[0].dim
 
 
 def _matches(model: nn.Module, choice: str | nn.Module) -> list[str]:

@@ -34,7 +34,7 @@ class Watch:
         if rate is None:
             return
         charges, c = batch.charging.charges(law), batch.charging.groups.take(batch.shelf.coefficients)
-        step = c.abs() * times(times(rate, strength), 1.0)
+        step = c.abs() * times(rate, strength)
         mean = charges.magnitude / charges.size
         share = torch.where(step.isfinite() & (mean > 0), step / mean, 0)
         worst = share.flatten().argmax()
@@ -64,8 +64,8 @@ class Watch:
             self._said = True
             name, unit = targets[int(place) // width].name, int(place) % width
             logger.warning(
-                "the force is larger than what it pulls: in %s unit %d moves by lr · c = %.3g in a step, its mean "
-                "|w| is %.3g; take a smaller alpha, a softening, max_coefficient, or update='proximal'",
+                "the force is larger than what it pulls: in %s unit %d moves by lr · c = %.3g in a step, its "
+                "mean |w| is %.3g; take a smaller alpha, a softening, max_coefficient, or update='proximal'",
                 name,
                 unit,
                 step,

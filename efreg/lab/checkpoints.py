@@ -18,8 +18,9 @@ class Settings:
     """Everything that decides the weights a training run ends with, and where its data lies.
 
     lr None is the schedule's own; ratio, ratios and skip name the layers that the force acts on. law may have
-    parameters, as in "ladder:power=4". alpha follows alpha_schedule over the share alpha_until of the training. held_out training
-    images are not trained on and take the place of the test images. step is how a step is carried out.
+    parameters, as in "ladder:power=4". alpha follows alpha_schedule over the share alpha_until of the
+    training. held_out training images are not trained on and take the place of the test images. step is how a
+    step is carried out.
     batch_size counts the images of all processes together.
     """
 

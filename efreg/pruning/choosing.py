@@ -46,7 +46,31 @@ def geometric_median(model: nn.Module, group: Group) -> Tensor:
     return torch.cdist(rows, rows).sum(1)
 
 
-IMPORTANCES = {"l1": l1, "l2": l2, "norm_scale": norm_scale, "geometric_median": geometric_median}
+def taylor(model: nn.Module, group: Group) -> Tensor:
+    """(Σ g · w)² over the rows of all that writes a unit, g the gradients that the model holds. [N]
+
+    By how much the loss would change without it, to first order (Molchanov et al., 2019, arXiv 1906.10771).
+    Raises ValueError where a weight has no gradient.
+    """
+    sums = torch.zeros(group.size, dtype=torch.float64)
+    for member in group.of("writes"):
+        weight = tensor_of(model, member.tensor)
+        if weight.grad is None:
+            raise ValueError(
+                f"{member.tensor} has no gradient, by which taylor ranks: run forward and backward on some "
+                "batches before, and prune before they are gone"
+            )
+        sums += stacked(weight.grad.double() * weight.double(), member, group.size).sum(1).cpu()
+    return sums.square()
+
+
+IMPORTANCES = {
+    "l1": l1,
+    "l2": l2,
+    "norm_scale": norm_scale,
+    "geometric_median": geometric_median,
+    "taylor": taylor,
+}
 
 
 @torch.no_grad()

@@ -74,8 +74,9 @@ def plan(
     ranking: "group" takes ⌈ratio · N⌉ of every group; "global" that share of all units, compared over groups
         by importance relative to their group's mean, per MAC. max_ratio: the most that a group loses.
     round_to: what stays of a group is a multiple of it.
-    importance: "l1" (the magnitude of the paper), "l2", "norm_scale" (batch norms' |γ|), "geometric_median",
-        or a function of a `Group` that gives one number a unit; the smallest go.
+    importance: "l1" (the magnitude of the paper), "l2", "norm_scale" (batch norms' |γ|), "geometric_median"
+        (FPGM), "taylor" (with the gradients that the model holds), or a function of a `Group` that gives one
+        number a unit; the smallest go.
     approximate: also cut channels that a norm is taken over (layer norm, group norm, standardised weights);
         the network then changes as if its norms were taken over what stays.
     example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments, or a list of these: several

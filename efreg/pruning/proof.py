@@ -150,8 +150,8 @@ def disagreement(
 
     Compared are eval mode on the example inputs and on fresh random ones of the same shape, and train mode,
     where the network has it, on the fresh ones; random numbers are held still. Where float32 leaves a doubt,
-    float64 decides. dead: compared with the given network as it is. quick: not on the example inputs. ours: the given
-    network is a copy that may be worked on, which saves another; its columns are given back.
+    float64 decides. dead: compared with the given network as it is. quick: not on the example inputs. ours:
+    the given network is a copy that may be worked on, which saves another; its columns are given back.
 
     Raises `Unprovable` where outputs do not depend on inputs, are empty, random or not finite.
     """
