@@ -3,6 +3,7 @@
 import peers
 import pytest
 import torch
+import torchvision
 
 import efreg
 from efreg import backends
@@ -113,6 +114,48 @@ def test_hook_kept(side_by_side, network):
         "compiled reference": lambda: compiled(weights, coefficients),
     }
     side_by_side("hook, charges kept", name, functions, relative_to="floor of 12 bytes", rounds=2 * rounds)
+
+
+class Own(efreg.Law):
+    """A law of a user's own: the larger beside the mean, the less."""
+
+    def coefficients(self, charges):
+        return self.alpha * charges.magnitude.nanmean(-1, keepdim=True) / charges.magnitude
+
+
+def test_hook_of_other_laws(side_by_side, network):
+    """Laws that are in no kernel, charges fresh, beside the paper's."""
+    name, model, weights, rounds = network
+    a, b = streams(weights)
+    functions = {
+        "floor of 12 bytes": lambda: torch.add(a, b, out=b),
+        "cpp": hook(model, refresh=1, backend="cpp"),
+    }
+    laws = {"a user's law": Own(1e-9), "ladder": efreg.Ladder(1e-9), "gravity": efreg.Gravity(1e-9)}
+    for what, law in laws.items():
+        functions[f"cpp, {what}"] = hook(model, law, refresh=1, backend="cpp")
+    side_by_side("hook, charges fresh, by law", name, functions, relative_to="cpp", rounds=2 * rounds)
+
+
+COUPLED = {"ResNet-18": torchvision.models.resnet18, "MobileNetV2": torchvision.models.mobilenet_v2}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+@pytest.mark.parametrize("refresh", [None, 1], ids=["kept", "fresh"])
+def test_hook_on_groups(side_by_side, name, refresh):
+    """All groups of a plan, whose units several layers write, beside the floor of what is pulled."""
+    torch.manual_seed(0)
+    model = COUPLED[name]()
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    plan = efreg.plan(model, ratio=0.5, example_inputs=torch.randn(2, 3, 64, 64))
+    written = {m.tensor for cut in plan.cuts for m in cut.group.of("writes")}
+    a, b = streams([model.get_parameter(tensor) for tensor in written])
+    functions = {"floor of 12 bytes": lambda: torch.add(a, b, out=b)}
+    for scope in ("weights", "filter"):
+        functions[f"cpp, {scope}"] = hook(model, layers=plan, scope=scope, refresh=refresh, backend="cpp")
+    what = "hook on groups, charges " + ("fresh" if refresh else "kept")
+    side_by_side(what, name, functions, relative_to="floor of 12 bytes", rounds=30)
 
 
 SCOPED = {"ResNet-56": "[0, .5, .5, .5, 0]", "VGG-19": "[1-15:.5]"}

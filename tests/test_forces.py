@@ -173,6 +173,7 @@ def test_a_digest_is_of_what_decides_the_weights(change, same, monkeypatch):
     assert (runs.digest(replace(settings, **change)) == runs.digest(settings)) == same
 
 
+@pytest.mark.slow
 def test_a_candidate_that_diverges_is_named_and_the_rest_goes_on(tmp_path, monkeypatch):
     """It is chosen only where nothing else is there, and no point of the picture is its."""
     wild, good = Candidate(Way(studies.L1), 0.3, seeds=1), engine.train_epoch
@@ -189,6 +190,7 @@ def test_a_candidate_that_diverges_is_named_and_the_rest_goes_on(tmp_path, monke
     assert "| no force |" in table
 
 
+@pytest.mark.slow
 def test_the_last_good_epoch_of_a_run_that_diverges_is_kept(tmp_path, monkeypatch):
     wild, good = Candidate(Way(studies.L1), 0.3, seeds=1), engine.train_epoch
     base = replace(TINY.base, epochs=2)

@@ -424,7 +424,7 @@ def test_any_layers_against_extended_precision(name, shapes, dtype, seed, zeros)
     hold_against_extended_precision(name, shapes, dtype, seed, zeros)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(**ANY_LAYERS)
 def test_any_layers_in_the_interpreter(shapes, dtype, seed, zeros):
     hold_against_extended_precision("triton", shapes, dtype, seed, zeros)

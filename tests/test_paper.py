@@ -562,7 +562,7 @@ def test_networks_of_the_forces_are_taken_over(tmp_path, monkeypatch):
     [
         pytest.param(2, id="training", marks=pytest.mark.slow),
         pytest.param(4, id="fine-tuning", marks=pytest.mark.slow),
-        pytest.param(7, id="the run that goes on"),
+        pytest.param(7, id="the run that goes on", marks=pytest.mark.slow),
     ],
 )
 def test_an_interrupted_table_loses_one_epoch(when, reproduced, tmp_path, monkeypatch):

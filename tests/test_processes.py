@@ -161,6 +161,7 @@ def assert_equal(some, others):
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "batch norm"])
+@pytest.mark.slow
 def test_two_processes_train_as_one(name, both):
     """Also where the last batch does not divide, and where crops and flips are random; only sums are made
     in another order, in float64.

@@ -227,3 +227,32 @@ def test_the_example_trains_from_the_console(monkeypatch, tmp_path, few_digits):
     from efreg.lab import checkpoints
 
     assert checkpoints.load(tmp_path / "checkpoint.pt").settings.law == "own_law.Crowd:sharpness=2"
+
+
+# The proximal step
+
+
+@given(seed=st.integers(0, 999), lr=st.floats(1e-4, 10), alpha=st.sampled_from([1e-12, 1e-6, 1e-2, 1.0]))
+@pytest.mark.parametrize("kind", [law for law in efreg.LAWS.values() if law is not efreg.GReg2])
+def test_a_proximal_step_is_the_exact_minimiser(kind, seed, lr, alpha):
+    """x = argmin ½(x − w)² + lr · c · |x|, or its radial twin, by the subdifferential; nothing grows or turns."""
+    weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    weight[0, 0] = 0.0
+    law, found = kind(alpha), efreg.measure(weight)
+    found.state.update(law.begin(found))
+    c = law.of(found)
+    net = torch.nn.Linear(4, 6, bias=False).double()
+    net.weight.data.copy_(weight)
+    with efreg.attach(net, law=law, layers="", refresh=1, check=None) as force:
+        force.shrink(lr)
+    x, t = net.weight.detach(), (lr * c)[:, None]
+    assert (x.abs() <= weight.abs()).all() and (x * weight >= 0).all() and x[0, 0] == 0
+    residual = weight - x  # is t · a subgradient of the norm at x
+    if law.direction == "radial":
+        length = x.norm(dim=1, keepdim=True)
+        inside = residual.norm(dim=1, keepdim=True) <= t * (1 + 1e-9)
+        on = torch.isclose(residual, t * x / length.clamp_min(1e-300), rtol=1e-6, atol=1e-12)
+        assert torch.where(length > 0, on, inside).all()
+    else:
+        on = torch.isclose(residual, t * x.sign(), rtol=1e-6, atol=1e-12)
+        assert torch.where(x != 0, on, residual.abs() <= t * (1 + 1e-9)).all()
