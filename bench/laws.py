@@ -34,9 +34,7 @@ NEAR_ZERO = 0.01
 def pulled(model: nn.Module, law: efreg.Law, *, steps: int, lr: float, **options) -> float:
     """Weights that the force alone moves, so many steps. Their largest magnitude / that at the start."""
     before = largest = most(model)
-    with efreg.attach(
-        model, law=law, layers="*" if isinstance(model, nn.Linear) else None, check=None, **options
-    ):
+    with efreg.attach(model, law=law, check=None, **options):
         optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
         for step in range(steps):
             for parameter in model.parameters():
@@ -67,9 +65,7 @@ def stability(steps: int) -> list[dict]:
             torch.manual_seed(0)
             layer = nn.Conv2d(128, 128, 3, bias=False)
             grown = pulled(layer, kind(alpha), steps=steps, lr=0.1, update=update, refresh=refresh)
-            end = layer.weight.detach().flatten(1).abs().sum(1)
-            found.append({"law": name, "update": update, "charges": reading, "alpha": alpha, "grown": grown,
-                          "median": end.median().item()})  # fmt: skip
+            found.append({"law": name, "update": update, "charges": reading, "alpha": alpha, "grown": grown})
         print(name, update, reading, *(f"{r['grown']:.3g}" for r in found[-len(ALPHAS) :]), flush=True)
     return found
 
@@ -105,8 +101,8 @@ def page(stable: list[dict], shares: list[dict], steps: int) -> str:
         "## Stability",
         "",
         "How many times larger than at the start the largest of 128 Kaiming filters (D = 1152) was at any",
-        "hundredth step; 1 is no growth, ∞ that it is no number any more. Proximal steps cannot grow (but for",
-        "greg2, which lets the units that it spares grow).",
+        "hundredth step; 1 is no growth, ∞ that it is no number any more. Proximal steps do not grow it (but",
+        "greg2 may, which lets the units that it spares grow).",
         "",
         "| law | update | charges | " + " | ".join(f"α = {alpha:.0e}" for alpha in ALPHAS) + " |",
         "|---|---|---|" + "---|" * len(ALPHAS),
@@ -118,8 +114,9 @@ def page(stable: list[dict], shares: list[dict], steps: int) -> str:
         "",
         "## One strength for networks of any size",
         "",
-        f"The share of filters below {NEAR_ZERO:.0%} of their layer's largest, in %: Kaiming weights, charges",
-        "once, proximal steps. `Electrostatic(relative=True)` counts charges in units of the layer's source.",
+        f"The share of filters below {NEAR_ZERO:.0%} of their layer's largest, in %: Kaiming weights,",
+        "charges once, proximal steps. `Electrostatic(relative=True)` counts charges in units of the",
+        "layer's source.",
         "",
         "| law | α | " + " | ".join(NETWORKS) + " |",
         "|---|---|" + "---|" * len(NETWORKS),
@@ -145,13 +142,15 @@ def main() -> None:
     torch.set_flush_denormal(True)
     stable, shares = stability(given.steps), one_strength(given.steps)
     given.out.write_text(page(stable, shares, given.steps))
-    rows.write(given.csv, [
-        rows.row(f"{r['law']}, {r['update']}, {r['charges']}, α = {r['alpha']:g}", "auto", "128 filters of 1152",
-                 [r["grown"]] * 2, "x the largest at the start") for r in stable
-    ] + [
+    stability_rows = [
+        rows.row(", ".join(map(str, list(r.values())[:4])), "auto", "128 × 1152", [r["grown"]] * 2, "x")
+        for r in stable
+    ]
+    share_rows = [
         rows.row(f"{r['kind']} = {r['alpha']:g}", "auto", r["network"], [r["near zero"]] * 2, "near zero")
         for r in shares
-    ])  # fmt: skip
+    ]
+    rows.write(given.csv, stability_rows + share_rows)
 
 
 if __name__ == "__main__":

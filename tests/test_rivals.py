@@ -235,7 +235,7 @@ def test_the_example_trains_from_the_console(monkeypatch, tmp_path, few_digits):
 @given(seed=st.integers(0, 999), lr=st.floats(1e-4, 10), alpha=st.sampled_from([1e-12, 1e-6, 1e-2, 1.0]))
 @pytest.mark.parametrize("kind", [law for law in efreg.LAWS.values() if law is not efreg.GReg2])
 def test_a_proximal_step_is_the_exact_minimiser(kind, seed, lr, alpha):
-    """x = argmin ½(x − w)² + lr · c · |x|, or its radial twin, by the subdifferential; nothing grows or turns."""
+    """x = argmin ½(x − w)² + lr · c · |x|, or its radial twin; nothing grows or turns round."""
     weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     weight[0, 0] = 0.0
     law, found = kind(alpha), efreg.measure(weight)
