@@ -154,7 +154,7 @@ class Attachment:
         0.
         Raises ValueError for a parameter that the force does not act on.
         """
-        found = [f for f in self._serving._arranged() if f.parameter is parameter]
+        found = [f for f in self._serving.arranged() if f.parameter is parameter]
         if not found:
             raise ValueError("the force does not act on this parameter: give one that it pulls")
         total = 0
@@ -230,7 +230,7 @@ class Attachment:
                 raise ValueError(
                     f"the state is of a force whose {name} is {other}; this one's is {mine}: attach the same"
                 )
-        self._serving._arranged()
+        self._serving.arranged()
         store = self._serving.store
         targets = {target.name: target for target in self._serving.targets if target in store}
         for name, saved in state["groups"].items():

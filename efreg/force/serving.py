@@ -4,7 +4,7 @@ import logging
 import re
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 
 import torch
@@ -36,7 +36,7 @@ class _Nest(threading.local):
 
     def __init__(self):
         self.served: list[Batch] = []
-        self.claims: dict[int, list[Batch]] = {}
+        self.claims: dict[int, list[tuple[Batch, Factor]]] = {}
 
 
 class Serving:
@@ -74,13 +74,14 @@ class Serving:
         if outermost:
             nest.served, nest.claims = [], {}
             self._mind_the_unstepped()
-        nest.claims[step] = batches = self._unserved(self._batches_of(optimizer))
-        if not batches:
+        nest.claims[step] = []
+        if not (batches := self._unserved(self._batches_of(optimizer))):
             return args, kwargs
         if self.update == "proximal":
             _require_rates(optimizer, batches)
         nest.served += batches
         strengths = self._begin(batches)
+        nest.claims[step] = list(zip(batches, strengths))
         if self.update == "proximal":
             self._charge(batches, strengths)
         elif (closure := _closure(args, kwargs)) is not None:
@@ -92,10 +93,9 @@ class Serving:
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer, step: int) -> None:
         """The post hook of every optimizer step."""
-        batches = self._nest.claims.pop(step, [])
+        claimed = self._nest.claims.pop(step, [])
         if self.update == "proximal":
-            for batch in batches:
-                strength = self._strength(batch.clock.served - 1)
+            for batch, strength in claimed:
                 found_inf = getattr(optimizer, "found_inf", None)
                 batch.shrink(self.unit_law, batch.rates(strength), found_inf, self._most(strength))
 
@@ -135,9 +135,9 @@ class Serving:
                 found += usable
         return found
 
-    def chargings(self) -> list[Charging]:
+    def chargings(self) -> Iterator[Charging]:
         """All targets, by the shelves that they lie on."""
-        found = self._arranged()
+        found = self.arranged()
         shelves = {id(shelf): shelf for shelf in map(self.store.shelf, self._living(found))}
         for shelf in shelves.values():
             targets = [t for t in self._living(found) if self.store.shelf(t) is shelf]
@@ -252,14 +252,14 @@ class Serving:
 
     def _rebatched(self, optimizer: Optimizer) -> list[Batch]:
         owners = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        found = self._arranged()
+        found = self.arranged()
         mine = [f for f in found if id(f.parameter) in owners]
         if mine:
             self._patience = PATIENCE
             self._mind_the_adaptive(optimizer)
         return self._batched(mine, found, owners)
 
-    def _arranged(self) -> list[Found]:
+    def arranged(self) -> list[Found]:
         """All places, with room for what is known of their targets."""
         found = self.find()
         firsts = {f.target: f.parameter for f in found if f.place is f.target.places[0]}
@@ -303,7 +303,7 @@ class Serving:
 
     def _all_of_them(self) -> list[Batch]:
         if not self._own or not all(batch.is_current() for batch in self._own):
-            found = self._arranged()
+            found = self.arranged()
             self._own = self._batched(found, found, {})
         return self._own
 
