@@ -188,10 +188,16 @@ def weights_of(model: nn.Module) -> list[nn.Parameter]:
 
 def hook(model: nn.Module, backend: str, **settings):
     """The whole call that an optimizer's step makes into efreg; and the force, deaf to other steps."""
-    force = efreg.attach(model, law=peers.LAW, backend=backend, **settings)
-    stepping.unsubscribe(force)
+    force = efreg.attach(model, law=peers.LAW, backend=backend, check=None, **settings)
+    stepping.unsubscribe(force._serving)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return force, lambda: force.before_step(optimizer, (optimizer,), {})
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+
+    def call():
+        torch.autograd.graph.increment_version(grads)  # as a backward pass does
+        force._serving.before_step(optimizer, (optimizer,), {}, step=0, outermost=True)
+
+    return force, call
 
 
 def available() -> list[str]:
@@ -368,7 +374,7 @@ def training_of(name: str, build, batch: int, side: int, layers, ratios, *, fuse
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=fused, foreach=not fused)
         if settings is not None:
             forces[mode] = efreg.attach(model, 1e-16, **settings)
-            stepping.unsubscribe(forces[mode])
+            stepping.unsubscribe(forces[mode]._serving)
         steps[mode] = one_step(model, optimizer, images, labels)
     precision = "bfloat16 autocast"
     optimizer = "fused" if fused else "foreach"
@@ -398,10 +404,10 @@ def one_step(model, optimizer, images, labels):
 def heard(force):
     """While it lasts `force`, and no other, hears of steps."""
     if force is not None:
-        stepping.subscribe(force)
+        stepping.subscribe(force._serving)
     yield
     if force is not None:
-        stepping.unsubscribe(force)
+        stepping.unsubscribe(force._serving)
 
 
 def report_training(name, precision, optimizer, how, taken) -> None:

@@ -151,6 +151,37 @@ def test_force_against_float64(backend, dtype, shift, law):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sign", ["count", "sum"])
+def test_groups_against_float64(backend, dtype, sign):
+    """Units that rows of several sizes write, in another order: sums in float64, then the law on these."""
+    sizes, shapes = [40, 7], [(40, 63), (45, 300), (7, 9), (9, 1100), (7, 1)]
+    owners, starts, acc = [0, 0, 1, 1, 1], [0, 40], accumulator(dtype)
+    units = []
+    for (filters, _), owner in zip(shapes, owners, strict=True):
+        found = torch.full((filters,), -1)
+        found[torch.randperm(filters)[: sizes[owner]]] = starts[owner] + torch.randperm(sizes[owner])
+        units.append(found.to(torch.int32))
+    weights, grads = tensors(shapes, dtype), [torch.zeros_like(w) for w in tensors(shapes, dtype)]
+    rows = Rows(weights, [0] * len(weights), units)
+    law, c = efreg.Electrostatic(1e-12, sign=sign), torch.full((47,), math.nan, dtype=acc, device=DEVICE)
+    backend.force(grads, rows, Groups(rows, sizes, starts, owners), c, law, scale=2.0)
+    for group, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        own = [(exactly(w), u) for w, u, g in zip(weights, units, owners, strict=True) if g == group]
+        w = torch.stack(
+            [torch.cat([x[u == n].flatten() for x, u in own]) for n in range(start, start + size)]
+        )
+        exact = oracle.coefficients(oracle.magnitudes(w), oracle.signs(w, by=sign), 1e-12).astype("float64")
+        rtol = 1e-9 if acc == torch.float64 else 1e-3  # δc/c = 2 δr/r: charges of neighbouring units
+        torch.testing.assert_close(
+            exactly(c[start : start + size]), torch.from_numpy(exact), rtol=rtol, atol=0
+        )
+    for w, g, u in zip(weights, grads, units, strict=True):
+        each = torch.where(u < 0, 0, exactly(c)[u.clamp_min(0).long()])
+        added = 2 * each[:, None] * exactly(w).sign()
+        assert ((exactly(g) - added).abs() <= rounding(backend, added, dtype)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("radial", [False, True])
 def test_pull_and_shrink_against_float64(backend, dtype, shift, radial):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import efreg
+from efreg.lab import models
 
 
 @pytest.fixture
@@ -346,6 +347,15 @@ def test_a_step_larger_than_the_weights_is_said_once(net, caplog):
         optimizer.step()
     (said,) = warnings(caplog)
     assert "unit 3 moves by lr · c = 0.01 in a step, its mean |w| is 0.001" in said
+
+
+def test_the_papers_strength_is_too_much_for_a_vgg19_at_its_own_rate(caplog):
+    """α = 1e-11 at lr 0.1, on Kaiming weights (Table 2 and P1)."""
+    model = models.vgg19(num_classes=100)
+    efreg.attach(model, 1e-11)
+    still(model)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert "the force is larger than what it pulls" in warnings(caplog)[0]
 
 
 @pytest.mark.parametrize(
