@@ -12,7 +12,7 @@ from efreg.force import stepping
 from efreg.force.batches import Charging, times
 from efreg.force.laws import Alpha, Charges, Factor, Law, resolve
 from efreg.force.serving import Serving
-from efreg.force.targets import Target, find_targets
+from efreg.force.targets import find_targets
 from efreg.groups import unwrap
 
 logger = logging.getLogger("efreg")
@@ -104,7 +104,7 @@ class Attachment:
         self._serving = Serving(
             model, law, targets, refresh=refresh, update=update, backend=backend, most=most, check=check
         )
-        _warn_if_attached(model, targets)
+        _warn_if_attached(self._serving)
         self._finalizer = weakref.finalize(model, self.detach)
         self._finalizer.atexit = False
         stepping.subscribe(self._serving)
@@ -313,14 +313,10 @@ def _nothing() -> None:
     return None
 
 
-def _warn_if_attached(model: nn.Module, targets: list[Target]) -> None:
-    def pulled(targets: list[Target]) -> set[int]:
-        places = (place.find(model) for target in targets for place in target.places)
-        return {id(found[2]) for found in places if found is not None}
-
-    mine = pulled(targets)
+def _warn_if_attached(serving: Serving) -> None:
+    mine = {id(found.parameter) for found in serving.find()}
     for other in _attached:
-        if not mine.isdisjoint(pulled(other._serving.targets)):
+        if not mine.isdisjoint(id(found.parameter) for found in other._serving.find()):
             logger.warning("these layers have a force already (%r): both act from now on", other)
             return
 
