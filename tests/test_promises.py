@@ -334,8 +334,9 @@ def test_a_learning_rate_of_none_is_refused_before_the_weights_are_stepped(net):
 
 
 def test_a_force_on_another_model_of_the_same_names_is_no_reason_to_warn(net, caplog):
+    twin = copy.deepcopy(net)
     efreg.attach(net, 1.0, law="l1", layers="")
-    efreg.attach(copy.deepcopy(net), 1.0, law="l1", layers="")
+    efreg.attach(twin, 1.0, law="l1", layers="")
     assert not warnings(caplog)
     efreg.attach(net, 1.0, law="l1", layers="")
     assert "have a force already" in warnings(caplog)[0]
