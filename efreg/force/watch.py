@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from efreg.force.batches import Batch, times
-from efreg.force.laws import Factor, Law
+from efreg.force.laws import Factor, Law, is_finite
 
 logger = logging.getLogger("efreg")
 
@@ -36,18 +36,18 @@ class Watch:
         charges, c = batch.charging.charges(law), batch.charging.groups.take(batch.shelf.coefficients)
         step = c.abs() * times(rate, strength)
         mean = charges.magnitude / charges.size
-        share = torch.where(step.isfinite() & (mean > 0), step / mean, 0)
-        worst = share.flatten().argmax()
-        numbers = torch.stack(
-            [worst.to(share), share.flatten()[worst], step.flatten()[worst], mean.flatten()[worst]]
-        )
+        share = torch.where(is_finite(step) & (mean > 0), step / mean, 0)
+        worst = share.flatten().argmax().reshape(1)
+        found = torch.stack([share, step.to(share), mean.to(share)]).flatten(1).index_select(1, worst)
+        numbers = torch.cat([worst.to(share), found.flatten()])
         self._pending = self._sent(numbers), batch.charging.targets, share.shape[-1]
         self._read()
 
     def _sent(self, numbers: Tensor) -> tuple[Tensor, "torch.cuda.Event | None"]:
         if numbers.device.type != "cuda":
             return numbers.cpu(), None
-        host = numbers.to("cpu", non_blocking=True)
+        host = torch.empty_like(numbers, device="cpu", pin_memory=True)
+        host.copy_(numbers, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         return host, event
