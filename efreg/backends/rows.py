@@ -24,6 +24,7 @@ class Rows:
     def __init__(self, tensors: Sequence[Tensor], dims: Sequence[int], units: Sequence[Tensor]):
         self.tensors, self.dims, self.units = list(tensors), list(dims), list(units)
         self.on_device: Any = None
+        self._places_on: dict[torch.device, Tensor] = {}
 
     @classmethod
     def of(cls, weights: Sequence[Tensor], dims: Sequence[int]) -> "Rows":
@@ -40,7 +41,10 @@ class Rows:
 
     def coefficients(self, coefficients: Tensor) -> list[Tensor]:
         """Those of each row's filters, 0 where there are none."""
-        places = self.places.to(coefficients.device)
+        device = coefficients.device
+        if device not in self._places_on:
+            self._places_on[device] = send(self.places, torch.int64, device)
+        places = self._places_on[device]
         found = torch.where(places < 0, 0, coefficients[places.clamp_min(0)])
         return list(found.split(self.filters))
 
