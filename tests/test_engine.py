@@ -380,6 +380,7 @@ def killed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", [*WAYS, "while writing"])
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(name, killed, tmp_path):
     """Weights, momentum, charges and log are those of a run that nobody killed."""
     expected = train(settings(**WAYS.get(name, {})), tmp_path)

@@ -170,7 +170,7 @@ def test_recipes_of_the_tables_are_the_papers(name, alpha, batch_size, epochs, t
         (alpha, batch_size, epochs, 5e-4, "p1")
     }
     assert {(s.refresh, s.scope) for s in found} == BOTH
-    assert "ladder" in {r.settings.law for r in group.recipes}
+    assert "ladder:power=4" in {r.settings.law for r in group.recipes}
     assert len(group.cuts) == cuts
     tuned = {
         (t.epochs, t.schedule, t.alpha, t.lr, t.weight_decay) for t in (r.fine_tune for r in group.recipes)

@@ -116,6 +116,7 @@ def test_compiles_into_one_graph(kind):
     assert net[0].weight.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_compiles_with_inductor():
     ws = [w.detach().float().requires_grad_() for w in weights()]
     torch._dynamo.reset()
