@@ -137,9 +137,8 @@ def _attach(model: nn.Module, force: Contender, images: data.Data) -> efreg.Atta
     if force.options is None:
         return None
     example = next(images.test.batches(2))[0]
-    return efreg.attach(
-        model, layers=efreg.plan(model, ratio=0.5, coupled=False, example_inputs=example), **force.options
-    )
+    plan = efreg.plan(model, ratio=0.5, coupled=False, example_inputs=example)
+    return efreg.attach(model, layers=plan, check=None, **force.options)
 
 
 def _step_times(start: nn.Module, settings: Settings, images: data.Data, bar) -> dict[str, float]:
