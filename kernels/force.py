@@ -416,8 +416,8 @@ def _current(device: torch.device):
     return nullcontext() if device.index == module.current_device() else module.device(device)
 
 
-_measure = _Launcher(measure_kernel, launch.measure_registers)
-_charge = _Launcher(charge_kernel, launch.charge_registers)
+_measure = _Launcher(measure_kernel, launch.measuring_registers)
+_charge = _Launcher(charge_kernel, launch.measuring_registers)
 _pull = _Launcher(pull_kernel)
 _shrink = _Launcher(shrink_kernel)
 

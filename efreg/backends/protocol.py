@@ -86,8 +86,9 @@ def apply(
     charges = replace(charges, state=begun)
     groups.put(law.of(charges), coefficients)
     for name, numbers in charges.state.items():
-        flat = kept.state.setdefault(name, torch.zeros_like(coefficients))
-        groups.put(numbers, flat)
+        if name not in kept.state:
+            kept.state[name] = torch.zeros_like(coefficients)
+        groups.put(numbers, kept.state[name])
 
 
 def fused(law: Law) -> bool:

@@ -12,7 +12,7 @@ from efreg.force import stepping
 from efreg.force.batches import Charging, times
 from efreg.force.laws import Alpha, Charges, Factor, Law, resolve
 from efreg.force.serving import Serving
-from efreg.force.targets import find_targets
+from efreg.force.targets import Clock, find_targets
 from efreg.groups import unwrap
 
 logger = logging.getLogger("efreg")
@@ -159,15 +159,10 @@ class Attachment:
             raise ValueError("the force does not act on this parameter: give one that it pulls")
         total = 0
         for f in found:
-            shelf, filters = self._serving.store.shelf(f.target), parameter.shape[f.place.dim]
-            first, units = f.place.units(filters)
-            units = units.long().to(shelf.coefficients.device)
-            kept = shelf.numbers(f.target)["coefficient"]
-            own = torch.where(units < 0, 0, kept[units.clamp_min(0)])
-            own = times(own, self._serving.strength(f.target)).to(parameter.device)
-            c = own.new_zeros(filters).index_copy(
-                0, torch.arange(first, first + len(own), device=own.device), own
-            )
+            shelf = self._serving.store.shelf(f.target)
+            units = f.place.all_units(parameter.shape[f.place.dim], 0).to(shelf.coefficients.device)
+            c = torch.where(units < 0, 0, shelf.numbers(f.target)["coefficient"][units.clamp_min(0)])
+            c = times(c, self._serving.strength(f.target)).to(parameter.device)
             total = total + c.view([-1 if i == f.place.dim else 1 for i in range(parameter.ndim)])
         return total
 
@@ -242,7 +237,7 @@ class Attachment:
             saved = state["groups"].get(name, {"served": state["steps"], "age": None, "kept": {}})
             store.shelf(target).take(target, saved["kept"])
             for place in target.places:
-                place.clock = type(place.clock)(saved["served"], saved["age"])
+                place.clock = Clock(saved["served"], saved["age"])
 
     def __enter__(self) -> "Attachment":
         return self
@@ -258,8 +253,7 @@ class Attachment:
         return (
             f"Attachment({self.law}, {len(self.layers)} layers, {self._serving.units} filters, "
             f"scope={self.scope!r}, refresh={self.refresh_every}, update={self.update!r}, "
-            f"backend={self._serving.backends}, "
-            f"{self.steps} steps served)"
+            f"backend={self._serving.backends}, {self.steps} steps served)"
         )
 
     def _kind(self) -> dict[str, Any]:

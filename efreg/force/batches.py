@@ -94,9 +94,7 @@ class Batch:
     ):
         first = found[0]
         led = [f.target for f in found if f.target.lead is f.place]
-        self.charging = (
-            Charging(led, [f for f in charged if f.target in set(led)], shelf, serving) if led else None
-        )
+        self.charging = Charging(led, charged, shelf, serving) if led else None
         ahead = self.charging.found if led else []
         there, before = {id(f.place) for f in found}, {id(f.place) for f in ahead}
         self._together = bool(led) and before <= there and self.charging.backend is not None
@@ -108,7 +106,7 @@ class Batch:
         self.clock = Clock(first.place.clock.served, first.place.clock.age)
         for f in found:
             f.place.clock = self.clock
-        self.maximize = bool(owners and owners[id(first.parameter)].get("maximize"))
+        self.maximize = maximizes(first.parameter, owners)
         self._due = self._begins = False
         self._rows, self._slices = rows_of(self.found, shelf)
         self._pulled = [f.parameter for f in self.found]
@@ -155,10 +153,10 @@ class Batch:
         """Adds the force to the gradients, with charges taken now where they are due.
 
         most: the largest coefficient. Gradients that nothing was written to since the last pull hold it
-        already and are left as they are, but with `again`.
+        already and are left as they are, but with `again`, and in a capture, whose replays see new ones.
         """
         whole = [parameter.grad for parameter in self._pulled]
-        if not again and self._hold(whole):
+        if not again and not capturing(self.device) and self._hold(whole):
             return
         grads, scale = self._sliced(whole), times(scale, -1.0) if self.maximize else scale
         radial = law.direction == "radial"
@@ -246,6 +244,11 @@ def rows_of(found: Sequence[Found], shelf: Shelf) -> tuple[Rows, dict[int, tuple
             slices[i] = dim, first, len(own)
             tensors[i] = f.parameter.detach().narrow(dim, first, len(own))
     return Rows(tensors, [f.place.dim for f in found], units), slices
+
+
+def maximizes(parameter: Tensor, owners: dict[int, dict]) -> bool:
+    """Whether the optimizer's group that has the parameter climbs along its gradients."""
+    return bool(owners and owners[id(parameter)].get("maximize"))
 
 
 def times(number: Factor, strength: Factor) -> Factor:

@@ -56,7 +56,7 @@ class Charges:
     @property
     def source(self) -> Tensor:
         """[...], the index of the largest finite magnitude, the lowest of several (Algorithm 1, line 8)."""
-        return self._finite(-1).argmax(-1)
+        return self.filled(-1).argmax(-1)
 
     @property
     def finite(self) -> Tensor:
@@ -75,10 +75,11 @@ class Charges:
 
     def rank(self) -> Tensor:
         """[..., N], 0 for the largest magnitude, the lower index first where several tie; int64."""
-        order = self._finite(-1).argsort(dim=-1, descending=True, stable=True)
+        order = self.filled(-1).argsort(dim=-1, descending=True, stable=True)
         return torch.empty_like(order).scatter_(-1, order, self.index.expand_as(order))
 
-    def _finite(self, other: float) -> Tensor:
+    def filled(self, other: float) -> Tensor:
+        """[..., N], the magnitudes, with this number for units that are not finite."""
         return torch.where(self.finite, self.magnitude, other)
 
 
@@ -207,7 +208,7 @@ class Electrostatic(Law):
         m_src, s_src = m.gather(-1, source), s.gather(-1, source)
         r = (s_src * m_src - s * m).abs()
         if self.relative:
-            mean = (charges._finite(0).sum(-1, keepdim=True) / (charges.count * charges.size)).to(m.dtype)
+            mean = (charges.filled(0).sum(-1, keepdim=True) / (charges.count * charges.size)).to(m.dtype)
             c = self.alpha * mean / ((r / m_src) ** 2 + self.softening**2)
         else:
             r = torch.hypot(r, self.softening * m_src) if self.softening else r

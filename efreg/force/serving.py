@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from efreg.backends import Backend, select
 from efreg.backends.rows import by_device_and_dtype
 from efreg.backends.sending import capturing
-from efreg.force.batches import Batch, Charging, Found, times
+from efreg.force.batches import Batch, Charging, Found, maximizes, times
 from efreg.force.laws import Factor, Law, strength_at
 from efreg.force.store import Store
 from efreg.force.targets import Target, check_weight
@@ -279,7 +279,7 @@ class Serving:
         for f in mine:
             if f.target.lead is None or not any(f.target.lead is other.place for other in found):
                 f.target.lead = f.place
-            clock, maximize = f.place.clock, bool(owners and owners[id(f.parameter)].get("maximize"))
+            clock, maximize = f.place.clock, maximizes(f.parameter, owners)
             alike.setdefault((clock.served, clock.age, maximize, id(self.store.shelf(f.target))), []).append(
                 f
             )
