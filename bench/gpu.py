@@ -286,8 +286,8 @@ def operations_of(name: str, model: nn.Module, dtype: torch.dtype, kind: str) ->
     functions = {
         "floor": lambda: torch.add(a, b, out=b),
         "measure": lambda: backend.measure(rows, sign="count", norm=False),
-        "pull": lambda: backend.pull(grads, rows, c, scale=1.0, radial=False),
-        "shrink": lambda: backend.shrink(rows, c, rates=[1.0] * len(weights), radial=False),
+        "pull": lambda: backend.pull(grads, rows, c, scale=1.0, direction="sign"),
+        "shrink": lambda: backend.shrink(rows, c, rates=[1.0] * len(weights), direction="sign"),
         "hook, charges kept": keep,
         "hook, charges fresh": refresh,
     }

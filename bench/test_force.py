@@ -44,8 +44,8 @@ def operations(kind, weights):
     coefficients, scales = torch.full((sum(len(w) for w in weights),), 1e-9), [1e-9] * len(weights)
     return {
         f"{kind} measure": lambda: backend.measure(rows, sign="count", norm=False),
-        f"{kind} pull": lambda: backend.pull(grads, rows, coefficients, scale=1.0, radial=False),
-        f"{kind} shrink": lambda: backend.shrink(rows, coefficients, rates=scales, radial=False),
+        f"{kind} pull": lambda: backend.pull(grads, rows, coefficients, scale=1.0, direction="sign"),
+        f"{kind} shrink": lambda: backend.shrink(rows, coefficients, rates=scales, direction="sign"),
     }
 
 
@@ -53,10 +53,10 @@ def hook(model, law=peers.LAW, **options):
     """The whole call that an optimizer's step makes into efreg."""
     force = efreg.attach(model, law=law, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    grads = [parameter.grad for parameter in model.parameters()]
+    first = force._serving.find()[0].parameter.grad
 
     def call():
-        torch.autograd.graph.increment_version(grads)  # as a backward pass does
+        torch.autograd.graph.increment_version(first)  # a backward pass was here
         force._serving.before_step(optimizer, (optimizer,), {}, step=0, outermost=True)
 
     return call

@@ -29,15 +29,18 @@ struct Electrostatic {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> measure(
     const Tensors& weights, const Integers& dims, bool count, bool norm);
 
-// grads += scale · c_n · sgn(weights), or scale · c_n · w/‖w_n‖₂ where `radial` (reference.py: pull).
+// Along what a number is pulled, in the order of DIRECTIONS (efreg/force/laws.py).
+enum Direction : int64_t { kSign, kRadial, kShare };
+
+// grads += scale · c_n · sgn(weights), or its twins (reference.py: pull).
 void pull(
     const Tensors& grads, const Tensors& weights, const at::Tensor& coefficients, const at::Tensor& units,
-    const Integers& dims, double scale, bool radial);
+    const Integers& dims, double scale, int64_t along);
 
-// weights ← sgn(w) · max(|w| − scales[i] · c_n, 0), or its radial twin (reference.py: shrink).
+// weights ← sgn(w) · max(|w| − scales[i] · c_n, 0), or its twins (reference.py: shrink).
 void shrink(
     const Tensors& weights, const at::Tensor& coefficients, const at::Tensor& units, const Integers& dims,
-    const std::vector<double>& scales, bool radial);
+    const std::vector<double>& scales, int64_t along);
 
 // measure and law: writes the coefficients that the groups have now.
 void charge(

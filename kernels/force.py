@@ -37,6 +37,7 @@ WIDE_FILTERS, WIDE_LANES = map(tl.constexpr, launch.WIDE)
 FLAT_FILTERS, FLAT_LANES = map(tl.constexpr, launch.FLAT)
 LAW_LANES = tl.constexpr(launch.LAW_LANES)
 NOWHERE = tl.constexpr(2**31 - 1)
+SIGN, RADIAL, SHARE = map(tl.constexpr, range(3))
 
 ARRAYS = (
     "tiles", "layout", "weights", "units", "targets", "magnitude", "balance", "norm", "coefficients",
@@ -141,6 +142,12 @@ def _kept(norm, c):
 
 
 @triton.jit
+def _without(x, share):
+    """What is left of x when it has lost a share of itself: 0 where that is all, whatever x was."""
+    return tl.where(share >= 1, 0.0, x * (1 - share))
+
+
+@triton.jit
 def _coefficients(coefficients, units, inside):
     """Those of filters with these units, 0 for a filter that has none."""
     unit = tl.load(units, mask=inside, other=-1)
@@ -181,13 +188,13 @@ def _pull_tile(
 ):  # fmt: skip
     weight, target, first, filters, size, turn = tile
     coefficients, units, scale = to
-    RADIAL: tl.constexpr = FLAGS[0]
+    ALONG: tl.constexpr = FLAGS[0]
     size = _known(size, ALIGNED, DTYPE)
     n = first + tl.arange(0, FILTERS)
     p_w, p_g = _pointers(weight, n, size, ALIGNED, DTYPE), _pointers(target, n, size, ALIGNED, DTYPE)
     c = (_coefficients(coefficients, units + n, n < filters) * tl.load(scale))[:, None]
     acts = c != 0
-    if RADIAL:
+    if ALONG == RADIAL:
         c *= _inverse(_norms(p_w, acts, size, LANES, ACC))
     for start in range(0, size, LANES):
         i = start + tl.arange(0, LANES)[None, :]
@@ -196,9 +203,12 @@ def _pull_tile(
         if not ALIGNED:  # noqa: SIM102, decided by the compiler
             if turn != 1:
                 i_w = i % turn * (size // turn) + i // turn
-        w = tl.load(p_w + i_w, mask=inside, other=0.0).to(ACC)
         g = tl.load(p_g + i, mask=inside, other=0.0).to(ACC)
-        g += c * (w if RADIAL else _sgn(w).to(ACC))
+        if ALONG == SHARE:
+            g = _without(g, c)
+        else:
+            w = tl.load(p_w + i_w, mask=inside, other=0.0).to(ACC)
+            g += c * (w if ALONG == RADIAL else _sgn(w).to(ACC))
         tl.store(p_g + i, g.to(DTYPE), mask=inside)
 
 
@@ -209,21 +219,23 @@ def _shrink_tile(
 ):  # fmt: skip
     weight, _, first, filters, size, _ = tile
     coefficients, units, rate, found_inf = to
-    RADIAL: tl.constexpr = FLAGS[0]
+    ALONG: tl.constexpr = FLAGS[0]
     size = _known(size, ALIGNED, DTYPE)
     n = first + tl.arange(0, FILTERS)
     p = _pointers(weight, n, size, ALIGNED, DTYPE)
     by = tl.where(tl.load(found_inf) == 0, tl.load(rate), 0.0)
     c = (_coefficients(coefficients, units + n, n < filters) * by)[:, None]
     acts = c != 0
-    if RADIAL:
+    if ALONG == RADIAL:
         kept = _kept(_norms(p, acts, size, LANES, ACC)[:, None], c)
     for start in range(0, size, LANES):
         i = start + tl.arange(0, LANES)[None, :]
         inside = acts & (i < size)
         w = tl.load(p + i, mask=inside, other=0.0).to(ACC)
-        if RADIAL:
+        if ALONG == RADIAL:
             w *= kept
+        elif ALONG == SHARE:
+            w = _without(w, c)
         else:
             w = _sgn(w).to(ACC) * _positive_part(tl.abs(w) - c)
         tl.store(p + i, w.to(DTYPE), mask=inside)
@@ -336,7 +348,7 @@ def charge_kernel(
 @_kernel
 def pull_kernel(
     tiles, layout, weights, units, targets, coefficients, scale,
-    RADIAL: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr,
+    ALONG: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     # Backwards: what was measured last is still in the cache.
     t = tl.num_programs(0) - 1 - tl.program_id(0).to(tl.int64)
@@ -345,17 +357,17 @@ def pull_kernel(
     target, turn = tl.load(targets + 2 * row), tl.load(targets + 2 * row + 1).to(tl.int32)
     if target != 0:
         tile = (weight, target, first, filters, size, turn)
-        _on(tile, _pull_tile, (coefficients, units + start, scale), (RADIAL,), DTYPE, ACC)
+        _on(tile, _pull_tile, (coefficients, units + start, scale), (ALONG,), DTYPE, ACC)
 
 
 @_kernel
 def shrink_kernel(
     tiles, layout, weights, units, coefficients, rates, found_inf,
-    RADIAL: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr,
+    ALONG: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     t = tl.num_programs(0) - 1 - tl.program_id(0).to(tl.int64)
     tile, row, start = _tile(t, tiles, layout, weights)
-    _on(tile, _shrink_tile, (coefficients, units + start, rates + row, found_inf), (RADIAL,), DTYPE, ACC)
+    _on(tile, _shrink_tile, (coefficients, units + start, rates + row, found_inf), (ALONG,), DTYPE, ACC)
 
 
 class _Launcher:
@@ -453,15 +465,13 @@ def charge(
     )  # fmt: skip
 
 
-def pull(
-    tiles, layout, weights, units, targets, coefficients, scale, radial: bool, dtype: torch.dtype
-) -> None:
-    """gradients += scale · c_n · sgn(w), or scale · c_n · w/‖w_n‖₂ where `radial`; scale: 0-dim."""
-    _pull(dtype, tiles, layout, weights, units, targets, coefficients, scale, RADIAL=radial)
+def pull(tiles, layout, weights, units, targets, coefficients, scale, along: int, dtype: torch.dtype) -> None:
+    """gradients += scale · c_n · sgn(w), or its twins: `along` is SIGN, RADIAL or SHARE; scale: 0-dim."""
+    _pull(dtype, tiles, layout, weights, units, targets, coefficients, scale, ALONG=along)
 
 
 def shrink(
-    tiles, layout, weights, units, coefficients, rates, found_inf, radial: bool, dtype: torch.dtype
+    tiles, layout, weights, units, coefficients, rates, found_inf, along: int, dtype: torch.dtype
 ) -> None:
-    """w ← sgn(w) · max(|w| − t, 0) at t = rates[row] · c_n, or its radial twin; found_inf ≠ 0: nothing."""
-    _shrink(dtype, tiles, layout, weights, units, coefficients, rates, found_inf, RADIAL=radial)
+    """w ← sgn(w) · max(|w| − t, 0) at t = rates[row] · c_n, or its twins; found_inf ≠ 0: nothing."""
+    _shrink(dtype, tiles, layout, weights, units, coefficients, rates, found_inf, ALONG=along)

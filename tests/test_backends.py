@@ -144,7 +144,7 @@ def test_autograd_sees_that_weights_changed():
     loss = w.square().sum()
     with torch.no_grad():
         rows = Rows.of([w], [0])
-        backends.select("cpp", CPU).shrink(rows, torch.ones(2), rates=[0.1], radial=False)
+        backends.select("cpp", CPU).shrink(rows, torch.ones(2), rates=[0.1], direction="sign")
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 

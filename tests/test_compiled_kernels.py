@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from efreg.force.laws import DIRECTIONS
 from efreg.kernels import launch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,8 +29,8 @@ SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 VARIANTS = {
     "measure": [{"COUNT": True, "NORM": False}, {"COUNT": False, "NORM": True}],
     "charge": [{"COUNT": True}, {"COUNT": False}],
-    "pull": [{"RADIAL": False}, {"RADIAL": True}],
-    "shrink": [{"RADIAL": False}, {"RADIAL": True}],
+    "pull": [{"ALONG": along} for along in range(len(DIRECTIONS))],
+    "shrink": [{"ALONG": along} for along in range(len(DIRECTIONS))],
 }
 
 # What an argument points to, where that is not a statistic, a coefficient or a scale.
@@ -187,13 +188,15 @@ def test_sixteen_bytes_at_a_time_where_aligned(compiled, name, dtype):
     """Each pass over a tile is there twice for either width: 16 bytes at a time, and number for number.
 
     A thread has filters · lanes / THREADS numbers of a tile. A pass is one over the weight or the gradient,
-    and one more over the weight for its norm.
+    and one more over the weight for its norm; where a share is taken the weight itself is not needed.
     """
     each = [tile.filters * tile.lanes // launch.THREADS for tile in (launch.NARROW, launch.WIDE)]
     wide, single = sum(numbers * SIZES[dtype] // 16 for numbers in each), sum(each)
     for kernel in pick(compiled, name, dtype):
         flags = kernel["flags"]
-        loads = 1 + (name == "pull") + (flags.get("NORM", False) or flags.get("RADIAL", False))
+        direction = DIRECTIONS[flags.get("ALONG", 0)]
+        loads = 1 + (name == "pull" and direction != "share")
+        loads += flags.get("NORM", False) or direction == "radial"
         stores = int(name in ("pull", "shrink"))
         found = Counter(map(access, instructions(kernel["code"])))
         del found[None]

@@ -31,6 +31,7 @@ import efreg
 from efreg import backends
 from efreg.backends.reference import accumulator
 from efreg.backends.rows import Groups, Rows
+from efreg.force.laws import DIRECTIONS
 
 pytestmark = pytest.mark.gpu
 
@@ -183,22 +184,26 @@ def test_groups_against_float64(backend, dtype, sign):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shift", [0, 1])
-@pytest.mark.parametrize("radial", [False, True])
-def test_pull_and_shrink_against_float64(backend, dtype, shift, radial):
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_pull_and_shrink_against_float64(backend, dtype, shift, direction):
     weights, acc = [misaligned(w, shift) for w in tensors(SHAPES, dtype)], accumulator(dtype)
     grads, rows = [misaligned(g, shift) for g in tensors(SHAPES, dtype)], rows_of(weights)
     c = torch.rand(sum(map(len, weights)), device=DEVICE).to(acc)
     old = [(exactly(w), exactly(g)) for w, g in zip(weights, grads, strict=True)]
-    backend.pull(grads, rows, c, scale=3.0, radial=radial)
-    backend.shrink(rows, c, rates=[0.7] * len(weights), radial=radial)
+    backend.pull(grads, rows, c, scale=3.0, direction=direction)
+    backend.shrink(rows, c, rates=[0.7] * len(weights), direction=direction)
     for w, g, (w0, g0), cut in zip(weights, grads, old, c.split(rows.filters), strict=True):
         cut = exactly(cut).view(-1, *[1] * (w0.ndim - 1))
         norm = w0.flatten(1).norm(dim=1).view(cut.shape)
-        direction = torch.where(norm > 0, w0 / norm, 0) if radial else w0.sign()
-        shrunk = w0 - torch.minimum(0.7 * cut, norm if radial else w0.abs()) * direction
+        radial = direction == "radial"
+        along = torch.where(norm > 0, w0 / norm, 0) if radial else w0.sign()
+        pulled = g0 + 3 * cut * along
+        shrunk = w0 - torch.minimum(0.7 * cut, norm if radial else w0.abs()) * along
+        if direction == "share":
+            pulled, shrunk = g0 * (1 - 3 * cut).clamp_min(0), w0 * (1 - 0.7 * cut)
         roundings = 4 + math.sqrt(w0[0].numel() if len(w0) else 0) if radial else 4
         for got, want, terms in [
-            (g, g0 + 3 * cut * direction, g0.abs() + 3 * cut),
+            (g, pulled, g0.abs() * (1 + 3 * cut) + 3 * cut),
             (w, shrunk, w0.abs() + cut),
         ]:
             allowed = rounding(backend, want, dtype) + roundings * eps(acc) * terms
@@ -207,7 +212,7 @@ def test_pull_and_shrink_against_float64(backend, dtype, shift, radial):
 
 def test_a_radial_shrink_ends_at_zero(backend):
     weight = torch.full((3, 7), 1e-25, device=DEVICE)
-    backend.shrink(rows_of([weight]), torch.full((3,), 0.1, device=DEVICE), rates=[0.1], radial=True)
+    backend.shrink(rows_of([weight]), torch.full((3,), 0.1, device=DEVICE), rates=[0.1], direction="radial")
     assert not weight.any()
 
 
@@ -249,7 +254,7 @@ def test_weight_and_gradient_of_different_strides(backend, orders):
     )
     c = torch.rand(shape[0], device=DEVICE)
     expected = grad + c.view(-1, 1, 1, 1) * weight.sign()
-    backend.pull([grad], rows_of([weight]), c, scale=1.0, radial=False)
+    backend.pull([grad], rows_of([weight]), c, scale=1.0, direction="sign")
     torch.testing.assert_close(grad, expected)
 
 

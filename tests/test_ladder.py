@@ -45,6 +45,27 @@ def test_against_plain_python(magnitudes, power):
     assert found == pytest.approx(by_hand(magnitudes, 0.3, power), rel=1e-12, abs=1e-300)
 
 
+@given(
+    st.lists(st.floats(0, 1e6) | st.sampled_from([1.0, math.inf, math.nan]), max_size=40),
+    st.sampled_from([0, 1, 4]),
+    st.sampled_from([0.1, 0.5, 0.75]),
+)
+def test_the_upper_share_is_spared(magnitudes, power, spare):
+    """The largest ⌊spare · N⌋ feel nothing; the others have the ladder that they would have alone."""
+    finite = [n for n, m in enumerate(magnitudes) if math.isfinite(m)]
+    order = sorted(finite, key=lambda n: (-magnitudes[n], n))
+    spared = set(order[: math.floor(spare * len(finite) + 1e-9)])
+    alone = [math.nan if n in spared else m for n, m in enumerate(magnitudes)]
+    found = efreg.Ladder(0.3, power, spare).of(charges(*magnitudes)).tolist()
+    assert found == pytest.approx(by_hand(alone, 0.3, power), rel=1e-12, abs=1e-300)
+
+
+@pytest.mark.parametrize("spare", [-0.1, 1.0, math.nan])
+def test_a_bad_share_is_refused(spare):
+    with pytest.raises(ValueError, match="spare"):
+        efreg.Ladder(1.0, spare=spare)
+
+
 @pytest.mark.parametrize("filters", [2, 3, 16, 257])
 def test_the_mean_is_alpha(filters):
     """At p = 1 exactly; so it compares with L1 at the same α."""

@@ -89,6 +89,20 @@ def test_the_whole_filter_goes_in_the_same_launches(launched, layers, law, takes
     assert launched == [takes, *first] + 2 * ([takes] * later + first)
 
 
+@pytest.mark.parametrize("layers", [1, 100])
+def test_a_fade_is_one_launch_a_step(launched, layers):
+    """And one more, for the gradients, once what fades is zero."""
+    net = nn.Sequential(*(nn.Conv2d(2, 2, 1) for _ in range(layers + 1)))
+    plan = efreg.plan(net, {f"0-{layers - 1}": 0.5}, example_inputs=torch.randn(2, 2, 3, 3))
+    efreg.attach(net, law=efreg.Fade(3), layers=plan, backend="triton")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(5):
+        for parameter in net.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    assert launched == ["measure", "shrink", "shrink"] + 3 * ["pull", "shrink"]
+
+
 class Counted(TorchDispatchMode):
     """Counts the operations of torch that do more than look at a tensor in another way."""
 
@@ -101,7 +115,7 @@ class Counted(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-LAWS = [law(1e-3) for law in efreg.LAWS.values()]
+LAWS = [law(1e-3) for law in efreg.LAWS.values() if law.has_strength()]
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: type(law).__name__)
@@ -163,9 +177,9 @@ def test_nothing_is_compiled_after_the_first_step(monkeypatch):
     rows, c = Rows.of([weight], [0]), torch.zeros(4)
     for epoch in range(200):
         backend.charge(Groups.of(rows), c, efreg.Electrostatic(1e-12 * (epoch + 1), softening=0.01 * epoch))
-        backend.pull([torch.zeros(4, 5)], rows, c, scale=torch.tensor(2.0**epoch % 1e30), radial=False)
+        backend.pull([torch.zeros(4, 5)], rows, c, scale=torch.tensor(2.0**epoch % 1e30), direction="sign")
         found_inf = torch.tensor(float(epoch % 2))
-        backend.shrink(rows, c, rates=[0.1 / (epoch + 1)], found_inf=found_inf, radial=False)
+        backend.shrink(rows, c, rates=[0.1 / (epoch + 1)], found_inf=found_inf, direction="sign")
     assert {name: fake.compiled for name, fake in fakes.items()} == {"_charge": 1, "_shrink": 1, "_pull": 1}
     assert all(len(fake.launches) == 199 for fake in fakes.values())
 
@@ -175,13 +189,13 @@ def test_a_compiled_kernel_gets_addresses_in_the_kernels_order(monkeypatch):
     monkeypatch.setattr(force, "_pull", force._Launcher(fake))
     tensors = [torch.zeros(3, 2)] + [torch.zeros(2) for _ in range(6)]
     for _ in range(2):
-        force.pull(*tensors, True, torch.bfloat16)
+        force.pull(*tensors, 1, torch.bfloat16)
     grid, arguments = fake.launches[0]
-    constants = (True, force.tl.bfloat16, force.tl.float32)
+    constants = (1, force.tl.bfloat16, force.tl.float32)
     assert grid == (3, 1, 1)
     assert arguments == (*(tensor.data_ptr() for tensor in tensors), *constants)
     names = force.pull_kernel.arg_names
-    assert names[-3:] == ["RADIAL", "DTYPE", "ACC"] and len(names) == len(arguments)
+    assert names[-3:] == ["ALONG", "DTYPE", "ACC"] and len(names) == len(arguments)
 
 
 @pytest.mark.parametrize("name, constants", [("measure", 4), ("charge", 3), ("pull", 3), ("shrink", 3)])

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import efreg
 from efreg.backends.reference import accumulator
 from efreg.backends.rows import Groups, Rows
+from efreg.force.laws import DIRECTIONS
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SHAPES = [
@@ -139,7 +140,7 @@ def test_filters_of_transposed_convolutions_lie_along_dim_one(backend, dtype):
         rows_of(weight, dims=[1]),
         torch.full((5,), 0.5, dtype=accumulator(dtype)),
         scale=1.0,
-        radial=False,
+        direction="sign",
     )
     torch.testing.assert_close(grad, expected.to(dtype))
 
@@ -169,60 +170,63 @@ def test_layouts_of_weight_and_gradient(backend, weight_layout, grad_layout, sha
     weight, grad = LAYOUTS[weight_layout](torch.randn(shape)), LAYOUTS[grad_layout](torch.randn(shape))
     c = torch.rand(shape[0])
     expected = grad + c.view(-1, 1, 1, 1) * weight.sign()
-    backend.pull([grad], rows_of(weight), c, scale=1.0, radial=False)
+    backend.pull([grad], rows_of(weight), c, scale=1.0, direction="sign")
     torch.testing.assert_close(grad, expected, rtol=eps(torch.float32), atol=0)
     expected = weight.sign() * (weight.abs() - 0.5 * c.view(-1, 1, 1, 1)).clamp_min(0)
-    backend.shrink(rows_of(weight), c, rates=[0.5], radial=False)
+    backend.shrink(rows_of(weight), c, rates=[0.5], direction="sign")
     torch.testing.assert_close(weight, expected, rtol=2 * eps(torch.float32), atol=eps(torch.float32))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("radial", [False, True])
-def test_pull(backend, dtype, shape, radial):
-    """g + scale · c_n · sgn(w), or scale · c_n · w/‖w‖₂, in the accumulator and rounded once."""
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_pull(backend, dtype, shape, direction):
+    """g + scale · c_n · sgn(w), or scale · c_n · w/‖w‖₂, in the accumulator and rounded once; or a share less."""
     weight, grad = (torch.randn(shape, dtype=torch.float64).to(dtype) for _ in range(2))
     c = torch.rand(shape[0]).to(accumulator(dtype))
-    direction = (
-        weight.double().flatten(1) / exact_norms(weight) if radial else weight.double().flatten(1).sign()
-    )
-    added = 3.0 * c.double()[:, None] * direction
+    w, t = weight.double().flatten(1), 3.0 * c.double()[:, None]
+    added = {
+        "sign": lambda: t * w.sign(),
+        "radial": lambda: t * w / exact_norms(weight),
+        "share": lambda: -t.clamp_max(1) * grad.double().flatten(1),
+    }[direction]()
     expected = grad.double() + added.view(shape)
     terms = grad.double().abs() + added.view(shape).abs()
-    backend.pull([grad], rows_of(weight), c, scale=3.0, radial=radial)
-    roundings = 4 + math.sqrt(direction.shape[1]) if radial else 4  # a norm's sum walks at random
+    backend.pull([grad], rows_of(weight), c, scale=3.0, direction=direction)
+    roundings = 4 + math.sqrt(w.shape[1]) if direction == "radial" else 4  # a norm's sum walks at random
     allowed = one_rounding(backend, expected, dtype) + roundings * eps(accumulator(dtype)) * terms
     assert ((grad.double() - expected).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("radial", [False, True])
-def test_shrink(backend, dtype, shape, radial):
-    """sgn(w) · max(|w| − scale · c_n, 0), or w · max(1 − scale · c_n/‖w‖₂, 0)."""
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_shrink(backend, dtype, shape, direction):
+    """sgn(w) · max(|w| − scale · c_n, 0), or w · max(1 − scale · c_n/‖w‖₂, 0), or w · max(1 − scale · c_n, 0)."""
     weight = torch.randn(shape, dtype=torch.float64).to(dtype)
     c = torch.rand(shape[0]).to(accumulator(dtype))
     w, t = weight.double().flatten(1), 0.7 * c.double()[:, None]
-    if radial:
-        expected = w * (1 - t / exact_norms(weight)).clamp_min(0)
-    else:
-        expected = w.sign() * (w.abs() - t).clamp_min(0)
-    roundings = 4 + math.sqrt(w.shape[1]) if radial else 4
+    expected = {
+        "sign": lambda: w.sign() * (w.abs() - t).clamp_min(0),
+        "radial": lambda: w * (1 - t / exact_norms(weight)).clamp_min(0),
+        "share": lambda: w * (1 - t).clamp_min(0),
+    }[direction]()
+    roundings = 4 + math.sqrt(w.shape[1]) if direction == "radial" else 4
     allowed = one_rounding(backend, expected, dtype) + roundings * eps(accumulator(dtype)) * (w.abs() + t)
-    backend.shrink(rows_of(weight), c, rates=[0.7], radial=radial)
+    backend.shrink(rows_of(weight), c, rates=[0.7], direction=direction)
     assert ((weight.double().flatten(1) - expected).abs() <= allowed).all()
 
 
 def test_shrink_cannot_overshoot_and_leaves_exact_zeros(backend):
     weight = torch.tensor([[0.3, -0.2, 0.1, -0.1], [2.0, -2.0, 0.0, 1.0]])
-    backend.shrink(rows_of(weight), torch.tensor([1.0, 1.0]), rates=[0.2], radial=False)
+    backend.shrink(rows_of(weight), torch.tensor([1.0, 1.0]), rates=[0.2], direction="sign")
     torch.testing.assert_close(weight, torch.tensor([[0.1, 0, 0, 0], [1.8, -1.8, 0, 0.8]]))
     assert (weight[0, 1:] == 0).all()
-    backend.shrink(rows_of(weight), torch.tensor([9.0, 0.0]), rates=[1.0], radial=True)
+    backend.shrink(rows_of(weight), torch.tensor([9.0, 0.0]), rates=[1.0], direction="radial")
     assert (weight[0] == 0).all()
 
 
 def test_each_tensor_shrinks_at_its_own_scale(backend):
     a, b = torch.ones(2, 3), torch.ones(1, 3)
-    backend.shrink(rows_of(a, b), torch.tensor([1.0, 2.0, 1.0]), rates=[0.1, 0.5], radial=False)
+    backend.shrink(rows_of(a, b), torch.tensor([1.0, 2.0, 1.0]), rates=[0.1, 0.5], direction="sign")
     torch.testing.assert_close(a, torch.tensor([[0.9] * 3, [0.8] * 3]))
     torch.testing.assert_close(b, torch.full((1, 3), 0.5))
 
@@ -232,7 +236,7 @@ def test_nothing_shrinks_where_a_scaler_found_an_overflow(backend, found_inf):
     """The flag is a sum over devices."""
     weight = torch.ones(2, 3)
     backend.shrink(
-        rows_of(weight), torch.ones(2), rates=[0.25], found_inf=torch.tensor(found_inf), radial=False
+        rows_of(weight), torch.ones(2), rates=[0.25], found_inf=torch.tensor(found_inf), direction="sign"
     )
     assert torch.equal(weight, torch.full((2, 3), 1.0 if found_inf else 0.75))
 
@@ -245,18 +249,19 @@ def test_shrink_keeps_what_is_not_finite(backend, dtype, size):
     expected = torch.full((2, size), -0.5, dtype=dtype)
     expected[0, 0], expected[1, 1], expected[1, 2] = math.nan, math.inf, -math.inf
     c = torch.full((2,), 0.5, dtype=accumulator(dtype))
-    backend.shrink(rows_of(weight), c, rates=[1.0], radial=False)
+    backend.shrink(rows_of(weight), c, rates=[1.0], direction="sign")
     torch.testing.assert_close(weight, expected, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("radial", [False, True])
-def test_a_filter_with_coefficient_zero_keeps_every_bit(backend, dtype, radial):
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_filter_with_coefficient_zero_keeps_every_bit(backend, dtype, direction):
     """Signed zeros, NaN and Inf included."""
     special = torch.tensor([-0.0, 0.0, math.nan, math.inf, -math.inf, 1.5], dtype=dtype)
     weight, grad = special.repeat(2, 1), special.flip(0).repeat(2, 1)
     before = weight.clone(), grad.clone()
-    backend.pull([grad], rows_of(weight), torch.zeros(2, dtype=accumulator(dtype)), scale=2.0, radial=radial)
-    backend.shrink(rows_of(weight), torch.zeros(2, dtype=accumulator(dtype)), rates=[2.0], radial=radial)
+    c = torch.zeros(2, dtype=accumulator(dtype))
+    backend.pull([grad], rows_of(weight), c, scale=2.0, direction=direction)
+    backend.shrink(rows_of(weight), c, rates=[2.0], direction=direction)
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     assert torch.equal(weight.view(bits), before[0].view(bits))
     assert torch.equal(grad.view(bits), before[1].view(bits))
@@ -264,14 +269,14 @@ def test_a_filter_with_coefficient_zero_keeps_every_bit(backend, dtype, radial):
 
 def test_a_radial_pull_is_zero_at_zero(backend):
     weight, grad = torch.zeros(2, 5), torch.ones(2, 5)
-    backend.pull([grad], rows_of(weight), torch.ones(2), scale=1.0, radial=True)
+    backend.pull([grad], rows_of(weight), torch.ones(2), scale=1.0, direction="radial")
     assert torch.equal(grad, torch.ones(2, 5))
 
 
 def test_a_radial_pull_at_the_smallest_numbers_stays_finite(backend):
     """1 / ‖w‖₂ of subnormal numbers is no number: there is no direction then."""
     weight, grad = torch.full((3, 1), 1e-40), torch.ones(3, 1)
-    backend.pull([grad], rows_of(weight), torch.ones(3), scale=1.0, radial=True)
+    backend.pull([grad], rows_of(weight), torch.ones(3), scale=1.0, direction="radial")
     assert torch.equal(grad, torch.ones(3, 1))
 
 
@@ -280,16 +285,34 @@ def test_a_radial_shrink_ends_at_zero(backend):
     weight = torch.full((3, 7), 1e-25)
     weight[1] *= -1
     weight[2] = 0
-    backend.shrink(rows_of(weight), torch.full((3,), 0.1), rates=[0.1], radial=True)
+    backend.shrink(rows_of(weight), torch.full((3,), 0.1), rates=[0.1], direction="radial")
     assert torch.equal(weight, torch.zeros(3, 7))
 
 
-@pytest.mark.parametrize("radial", [False, True])
-def test_shrink_leaves_the_others_of_a_filter_that_is_not_finite(backend, radial):
+@pytest.mark.parametrize(
+    "direction, left",
+    [
+        ("sign", [[0.5, torch.nan], [1.5, torch.inf]]),
+        ("radial", [[1.0, torch.nan], [2.0, torch.inf]]),
+        ("share", [[0.5, torch.nan], [1.0, torch.inf]]),
+    ],
+)
+def test_shrink_leaves_the_others_of_a_filter_that_is_not_finite(backend, direction, left):
     weight = torch.tensor([[1.0, torch.nan], [2.0, torch.inf]])
-    backend.shrink(rows_of(weight), torch.full((2,), 0.5), rates=[1.0], radial=radial)
-    left = [[1.0, torch.nan], [2.0, torch.inf]] if radial else [[0.5, torch.nan], [1.5, torch.inf]]
+    backend.shrink(rows_of(weight), torch.full((2,), 0.5), rates=[1.0], direction=direction)
     torch.testing.assert_close(weight, torch.tensor(left), rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_share_of_one_leaves_exact_zeros(backend, dtype):
+    """Whatever was there; a share of less keeps the sign."""
+    weight = torch.tensor([[-1.0, math.nan, math.inf, 3.0], [-1.0, 2.0, -4.0, 8.0]], dtype=dtype)
+    grad = weight.clone()
+    c = torch.tensor([1.0, 0.5], dtype=accumulator(dtype))
+    backend.pull([grad], rows_of(weight), c, scale=1.0, direction="share")
+    backend.shrink(rows_of(weight), c, rates=[1.0], direction="share")
+    for left in (weight, grad):
+        assert left.tolist() == [[0.0] * 4, [-0.5, 1.0, -2.0, 4.0]]
+        assert not left[0].signbit().any()
 
 
 def test_nothing_is_written_beside_the_gradient(backend, dtype):
@@ -300,7 +323,7 @@ def test_nothing_is_written_beside_the_gradient(backend, dtype):
         rows_of(torch.randn(4, 9).to(dtype)),
         torch.ones(4, dtype=accumulator(dtype)),
         scale=1.0,
-        radial=False,
+        direction="sign",
     )
     assert (buffer[0] == 7).all() and (buffer[2] == 7).all() and (grad != 7).any()
 
@@ -350,7 +373,7 @@ def test_force_is_measure_law_and_pull(backend, dtype, law):
             efreg.Charges(charges.magnitude.double(), charges.sign.double(), charges.size)
         )
         torch.testing.assert_close(cut.double(), exact, rtol=roundings(law, 300) * eps(acc), atol=0)
-    backend.pull(by_pull, rows, coefficients, scale=2.0, radial=law.direction == "radial")
+    backend.pull(by_pull, rows, coefficients, scale=2.0, direction=law.direction)
     assert all(torch.equal(a, b) for a, b in zip(grads, by_pull, strict=True))
 
 

@@ -158,8 +158,8 @@ def test_opcheck(shapes, dims, dtype):
         sum(w.shape[d] for w, d in zip(ws, dims, strict=True)),
         dtype=efreg.backends.reference.accumulator(dtype),
     )
-    for radial in (False, True):
-        torch.library.opcheck(ops.pull_op, (ws, c, dims, radial))
+    for direction in ("sign", "radial"):
+        torch.library.opcheck(ops.pull_op, (ws, c, dims, direction))
 
 
 def test_operators_refuse_what_they_cannot_serve():

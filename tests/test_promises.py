@@ -191,7 +191,7 @@ def test_a_users_hook_that_hands_on_arguments_does_not_hide_the_nesting(net):
 @pytest.mark.parametrize(
     "other, message",
     [
-        ({"law": "ladder"}, r"law is L1\(\); this one's is Ladder\(power=1.0\)"),
+        ({"law": "ladder"}, r"law is L1\(\); this one's is Ladder\(power=1.0, spare=0.0\)"),
         ({"law": "l1", "update": "proximal"}, "update is gradient; this one's is proximal"),
         ({"law": "l1", "scope": "filter"}, "scope is weights; this one's is filter"),
     ],

@@ -130,7 +130,7 @@ def test_which_weight_has_the_gradient_is_no_matter_of_its_address():
     backend, rows = efreg.backends.select("triton", torch.device("cpu")), Rows.of(weights, [0, 0])
     for grads, sign in (([grad, None], 1.0), ([None, grad], -1.0), ([grad, None], 1.0)):
         grad.zero_()
-        backend.pull(grads, rows, torch.ones(4), scale=1.0, radial=False)
+        backend.pull(grads, rows, torch.ones(4), scale=1.0, direction="sign")
         assert torch.equal(grad, torch.full((2, 3), sign))
 
 
@@ -140,7 +140,7 @@ def test_a_gradient_of_another_order_at_the_same_address():
     last = buffer.view(4, 3, 3, 2).permute(0, 3, 1, 2)
     for grad in (buffer.view(4, 2, 3, 3), last, buffer.view(4, 2, 3, 3)):
         buffer.zero_()
-        backend.pull([grad], rows, torch.ones(4), scale=1.0, radial=False)
+        backend.pull([grad], rows, torch.ones(4), scale=1.0, direction="sign")
         assert torch.equal(grad, weight.sign())
 
 
@@ -150,7 +150,7 @@ def test_a_gradient_that_does_not_fit_is_refused(other):
     grad = torch.ones(2, 4) if other == "shape" else torch.ones(2, 3, dtype=torch.float64)
     backend = efreg.backends.select("triton", torch.device("cpu"))
     with pytest.raises(ValueError, match=f"a gradient has {other} .* its weight"):
-        backend.pull([grad], Rows.of([weight], [0]), torch.ones(2), scale=1.0, radial=False)
+        backend.pull([grad], Rows.of([weight], [0]), torch.ones(2), scale=1.0, direction="sign")
 
 
 def test_weights_are_not_kept_alive(net):
@@ -261,12 +261,12 @@ def test_a_failed_sending_is_not_taken_for_a_success(monkeypatch):
     """Who tries again with gradients at the same addresses must not find those of before."""
     weight, grads = torch.ones(2, 3), [torch.zeros(2, 3), torch.zeros(2, 3)]
     backend, rows = efreg.backends.select("triton", torch.device("cpu")), Rows.of([weight], [0])
-    backend.pull(grads[:1], rows, torch.ones(2), scale=1.0, radial=False)
+    backend.pull(grads[:1], rows, torch.ones(2), scale=1.0, direction="sign")
     with monkeypatch.context() as patch:
         patch.setattr(sending, "send", lambda *_: (_ for _ in ()).throw(MemoryError))
         with pytest.raises(MemoryError):
-            backend.pull(grads[1:], rows, torch.ones(2), scale=1.0, radial=False)
-    backend.pull(grads[1:], rows, torch.ones(2), scale=1.0, radial=False)
+            backend.pull(grads[1:], rows, torch.ones(2), scale=1.0, direction="sign")
+    backend.pull(grads[1:], rows, torch.ones(2), scale=1.0, direction="sign")
     assert torch.equal(grads[1], torch.ones(2, 3)) and torch.equal(grads[0], torch.ones(2, 3))
 
 
@@ -283,8 +283,8 @@ def test_coefficients_that_would_be_misread_are_refused(coefficients, message):
     backend, weight = efreg.backends.select("triton", torch.device("cpu")), torch.ones(2, 3)
     rows = Rows.of([weight], [0])
     for operation in (
-        lambda: backend.pull([weight.clone()], rows, coefficients, scale=1.0, radial=False),
-        lambda: backend.shrink(rows, coefficients, rates=[0.1], radial=False),
+        lambda: backend.pull([weight.clone()], rows, coefficients, scale=1.0, direction="sign"),
+        lambda: backend.shrink(rows, coefficients, rates=[0.1], direction="sign"),
         lambda: backend.charge(Groups.of(rows), coefficients, efreg.Electrostatic(1.0)),
     ):
         with pytest.raises(ValueError, match=message):

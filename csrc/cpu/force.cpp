@@ -5,6 +5,7 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
@@ -250,11 +251,18 @@ void update_filter(const Row& row, int64_t n, const F& update) {
     target[i] = static_cast<scalar_t>(update(static_cast<acc_t>(target[i]), static_cast<acc_t>(w[i])));
 }
 
+// What is left of x when it has lost a share of itself: 0 where that is all, whatever x was.
+template <typename acc_t>
+acc_t without(acc_t x, acc_t share) {
+  return share >= 1 ? acc_t(0) : x * (1 - share);
+}
+
 template <typename scalar_t>
-void pull_filter(const Row& row, int64_t n, acc_of<scalar_t> c, bool radial) {
+void pull_filter(const Row& row, int64_t n, acc_of<scalar_t> c, int64_t along) {
   using acc_t = acc_of<scalar_t>;
   if (c == 0) return;
-  if (!radial) return update_filter<scalar_t>(row, n, [c](acc_t g, acc_t w) { return g + c * sgn(w); });
+  if (along == kShare) return update_filter<scalar_t>(row, n, [c](acc_t g, acc_t) { return without(g, c); });
+  if (along == kSign) return update_filter<scalar_t>(row, n, [c](acc_t g, acc_t w) { return g + c * sgn(w); });
   const auto norm = norm_of(filter<scalar_t>(row.weight, n, row.size), row.size);
   if (norm > 0 && std::isfinite(norm))
     update_filter<scalar_t>(row, n, [f = c / norm](acc_t g, acc_t w) { return g + f * w; });
@@ -268,15 +276,16 @@ acc_t kept_of(acc_t norm, acc_t c) {
 }
 
 template <typename scalar_t>
-void shrink_filter(const Row& row, int64_t n, acc_of<scalar_t> c, bool radial) {
+void shrink_filter(const Row& row, int64_t n, acc_of<scalar_t> c, int64_t along) {
   using acc_t = acc_of<scalar_t>;
   auto* w = filter<scalar_t>(row.target, n, row.size);
   if (c == 0) return;
-  const auto kept = radial ? kept_of(norm_of(w, row.size), c) : acc_t(0);
-  for (int64_t i = 0; i < row.size; ++i) {
-    const auto x = static_cast<acc_t>(w[i]);
-    w[i] = static_cast<scalar_t>(radial ? x * kept : sgn(x) * std::max(std::abs(x) - c, acc_t(0)));
-  }
+  const auto each = [&](const auto& shrunk) {
+    for (int64_t i = 0; i < row.size; ++i) w[i] = static_cast<scalar_t>(shrunk(static_cast<acc_t>(w[i])));
+  };
+  if (along == kShare) return each([c](acc_t x) { return without(x, c); });
+  if (along == kSign) return each([c](acc_t x) { return sgn(x) * std::max(std::abs(x) - c, acc_t(0)); });
+  each([kept = kept_of(norm_of(w, row.size), c)](acc_t x) { return x * kept; });
 }
 
 // A statistic of each unit of a group: the sum over what writes it, in `sums`, or where one row writes them
@@ -349,10 +358,10 @@ void charge_batch(
 template <typename scalar_t>
 void pull_rows(
     const std::vector<Row>& rows, size_t first, size_t last, const int32_t* units, const acc_of<scalar_t>* c,
-    bool radial) {
+    int64_t along) {
   each_filter(rows, first, last, [&](const Row& row, int64_t n) {
     const auto unit = units[row.start + n];
-    if (unit >= 0) pull_filter<scalar_t>(row, n, static_cast<acc_of<scalar_t>>(row.scale) * c[unit], radial);
+    if (unit >= 0) pull_filter<scalar_t>(row, n, static_cast<acc_of<scalar_t>>(row.scale) * c[unit], along);
   });
 }
 
@@ -367,6 +376,7 @@ void pull_rows(
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> measure(
     const Tensors& weights, const Integers& dims, bool count, bool norm) {
+  const at::NoGradGuard no_grad;
   const auto rows = make_rows(weights, weights, dims, 1.0);
   const auto filters = filters_of(rows);
   const auto type = acc_of_type(rows.empty() ? at::kFloat : rows[0].weight.scalar_type());
@@ -386,18 +396,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> measure(
 
 void pull(
     const Tensors& grads, const Tensors& weights, const at::Tensor& coefficients, const at::Tensor& units,
-    const Integers& dims, double scale, bool radial) {
+    const Integers& dims, double scale, int64_t along) {
+  const at::NoGradGuard no_grad;
   const auto rows = make_rows(grads, weights, dims, scale);
   const auto* unit = units_of(rows, units, coefficients);
   DISPATCH(rows, "efreg::pull", {
-    pull_rows<scalar_t>(rows, 0, rows.size(), unit, coefficients.const_data_ptr<acc_t>(), radial);
+    pull_rows<scalar_t>(rows, 0, rows.size(), unit, coefficients.const_data_ptr<acc_t>(), along);
   });
   write_back(rows, grads, dims);
 }
 
 void shrink(
     const Tensors& weights, const at::Tensor& coefficients, const at::Tensor& units, const Integers& dims,
-    const std::vector<double>& scales, bool radial) {
+    const std::vector<double>& scales, int64_t along) {
+  const at::NoGradGuard no_grad;
   auto rows = make_rows(weights, weights, dims, 1.0);
   const auto* unit = units_of(rows, units, coefficients);
   TORCH_CHECK(scales.size() == rows.size(), "efreg: ", rows.size(), " weights need as many scales");
@@ -406,7 +418,7 @@ void shrink(
     const auto* c = coefficients.const_data_ptr<acc_t>();
     each_filter(rows, 0, rows.size(), [&](const Row& row, int64_t n) {
       const auto own = unit[row.start + n];
-      if (own >= 0) shrink_filter<scalar_t>(row, n, static_cast<acc_t>(row.scale) * c[own], radial);
+      if (own >= 0) shrink_filter<scalar_t>(row, n, static_cast<acc_t>(row.scale) * c[own], along);
     });
   });
   write_back(rows, weights, dims);
@@ -415,6 +427,7 @@ void shrink(
 void charge(
     const Tensors& weights, const at::Tensor& coefficients, const at::Tensor& groups,
     const at::Tensor& members, const Integers& dims, const Electrostatic& law) {
+  const at::NoGradGuard no_grad;
   const auto rows = make_rows(weights, weights, dims, 1.0);
   check_coefficients(rows, coefficients);
   const auto charged = groups_of(groups, members, coefficients);
@@ -430,6 +443,7 @@ void force(
     const Tensors& grads, const Tensors& weights, const at::Tensor& coefficients, const at::Tensor& groups,
     const at::Tensor& members, const at::Tensor& units, const Integers& dims, const Electrostatic& law,
     double scale) {
+  const at::NoGradGuard no_grad;
   const auto rows = make_rows(grads, weights, dims, scale);
   const auto* unit = units_of(rows, units, coefficients);
   const auto charged = groups_of(groups, members, coefficients);
@@ -441,9 +455,9 @@ void force(
       batch = batch_behind(rows, charged, batch);
       charge_batch<scalar_t>(
           rows, charged, batch, magnitude.data_ptr<acc_t>(), balance.data_ptr<acc_t>(), c, law);
-      pull_rows<scalar_t>(rows, batch.first_row, batch.last_row, unit, c, false);
+      pull_rows<scalar_t>(rows, batch.first_row, batch.last_row, unit, c, kSign);
     }
-    pull_rows<scalar_t>(rows, batch.last_row, rows.size(), unit, c, false);
+    pull_rows<scalar_t>(rows, batch.last_row, rows.size(), unit, c, kSign);
   });
   write_back(rows, grads, dims);
 }

@@ -175,17 +175,24 @@ __device__ acc_of<scalar_t> inverse_norm(const Tile& tile) {
   return norm > 0 && isfinite(norm) ? 1 / norm : acc_of<scalar_t>(0);
 }
 
+// What is left of x when it has lost a share of itself: 0 where that is all, whatever x was.
+template <typename T>
+__device__ T without(T x, T share) {
+  return share >= 1 ? T(0) : x * (1 - share);
+}
+
 template <bool aligned, typename scalar_t>
-__device__ void pull_filter(const Tile& tile, acc_of<scalar_t> c, bool radial) {
+__device__ void pull_filter(const Tile& tile, acc_of<scalar_t> c, int64_t along) {
   using acc_t = acc_of<scalar_t>;
-  if (radial) c *= inverse_norm<aligned, scalar_t>(tile);
+  if (along == kRadial) c *= inverse_norm<aligned, scalar_t>(tile);
   auto* target = tile.filter<scalar_t>(tile.target);
   each_vector<scalar_t>(tile, [&](int i, int) {
     const auto w = load<aligned>(tile.filter<scalar_t>(tile.weight), i, tile.size, tile.turn);
     auto g = load<aligned>(target, i, tile.size);
     for (int e = 0; e < w.kSize; ++e) {
-      const auto x = static_cast<acc_t>(w.x[e]);
-      g.x[e] = static_cast<scalar_t>(static_cast<acc_t>(g.x[e]) + c * (radial ? x : sgn(x)));
+      const auto x = static_cast<acc_t>(w.x[e]), old = static_cast<acc_t>(g.x[e]);
+      g.x[e] = static_cast<scalar_t>(
+          along == kShare ? without(old, c) : old + c * (along == kRadial ? x : sgn(x)));
     }
     store<aligned>(target, i, tile.size, g);
   });
@@ -199,15 +206,18 @@ __device__ acc_t kept_of(acc_t norm, acc_t c) {
 }
 
 template <bool aligned, typename scalar_t>
-__device__ void shrink_filter(const Tile& tile, acc_of<scalar_t> c, bool radial) {
+__device__ void shrink_filter(const Tile& tile, acc_of<scalar_t> c, int64_t along) {
   using acc_t = acc_of<scalar_t>;
-  const auto kept = radial ? kept_of(norm_of<aligned, scalar_t>(tile), c) : acc_t(0);
+  const auto kept = along == kRadial ? kept_of(norm_of<aligned, scalar_t>(tile), c) : acc_t(0);
   auto* weight = tile.filter<scalar_t>(tile.weight);
   each_vector<scalar_t>(tile, [&](int i, int) {
     auto w = load<aligned>(weight, i, tile.size);
     for (int e = 0; e < w.kSize; ++e) {
       const auto x = static_cast<acc_t>(w.x[e]);
-      w.x[e] = static_cast<scalar_t>(radial ? x * kept : sgn(x) * positive_part(abs(x) - c));
+      w.x[e] = static_cast<scalar_t>(
+          along == kRadial      ? x * kept
+              : along == kShare ? without(x, c)
+                                : sgn(x) * positive_part(abs(x) - c));
     }
     store<aligned>(weight, i, tile.size, w);
   });
@@ -322,31 +332,31 @@ __device__ T coefficient_of(const Tile& tile, const int* units, const T* coeffic
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads) pull_kernel(
     Table table, const int* units, const int64_t* targets, const acc_of<scalar_t>* coefficients,
-    const acc_of<scalar_t>* scale, bool radial) {
+    const acc_of<scalar_t>* scale, int64_t along) {
   Tile tile(table, gridDim.x - 1 - blockIdx.x);  // backwards: what was measured last is still in the cache
   tile.target = targets[2 * tile.row], tile.turn = targets[2 * tile.row + 1];
   if (tile.target == 0 || !tile.has_filter()) return;
   const auto c = coefficient_of(tile, units, coefficients) * *scale;
   if (c == 0) return;
   if (tile.aligned<scalar_t>())
-    pull_filter<true, scalar_t>(tile, c, radial);
+    pull_filter<true, scalar_t>(tile, c, along);
   else
-    pull_filter<false, scalar_t>(tile, c, radial);
+    pull_filter<false, scalar_t>(tile, c, along);
 }
 
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads) shrink_kernel(
     Table table, const int* units, const acc_of<scalar_t>* coefficients, const acc_of<scalar_t>* rates,
-    const acc_of<scalar_t>* found_inf, bool radial) {
+    const acc_of<scalar_t>* found_inf, int64_t along) {
   const Tile tile(table, gridDim.x - 1 - blockIdx.x);
   if (!tile.has_filter()) return;
   const auto by = *found_inf == 0 ? rates[tile.row] : acc_of<scalar_t>(0);
   const auto c = coefficient_of(tile, units, coefficients) * by;
   if (c == 0) return;
   if (tile.aligned<scalar_t>())
-    shrink_filter<true, scalar_t>(tile, c, radial);
+    shrink_filter<true, scalar_t>(tile, c, along);
   else
-    shrink_filter<false, scalar_t>(tile, c, radial);
+    shrink_filter<false, scalar_t>(tile, c, along);
 }
 
 Table table_of(const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights) {
@@ -392,22 +402,22 @@ void charge(
 
 void pull(
     const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights, const at::Tensor& units,
-    const at::Tensor& targets, const at::Tensor& coefficients, const at::Tensor& scale, bool radial,
+    const at::Tensor& targets, const at::Tensor& coefficients, const at::Tensor& scale, int64_t along,
     at::ScalarType dtype) {
   const auto table = table_of(tiles, layout, weights);
   LAUNCH(
       tiles, dtype, pull_kernel, table, units.const_data_ptr<int>(), targets.const_data_ptr<int64_t>(),
-      coefficients.const_data_ptr<acc_t>(), scale.const_data_ptr<acc_t>(), radial);
+      coefficients.const_data_ptr<acc_t>(), scale.const_data_ptr<acc_t>(), along);
 }
 
 void shrink(
     const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights, const at::Tensor& units,
-    const at::Tensor& coefficients, const at::Tensor& rates, const at::Tensor& found_inf, bool radial,
+    const at::Tensor& coefficients, const at::Tensor& rates, const at::Tensor& found_inf, int64_t along,
     at::ScalarType dtype) {
   const auto table = table_of(tiles, layout, weights);
   LAUNCH(
       tiles, dtype, shrink_kernel, table, units.const_data_ptr<int>(), coefficients.const_data_ptr<acc_t>(),
-      rates.const_data_ptr<acc_t>(), found_inf.const_data_ptr<acc_t>(), radial);
+      rates.const_data_ptr<acc_t>(), found_inf.const_data_ptr<acc_t>(), along);
 }
 
 }  // namespace efreg::cuda

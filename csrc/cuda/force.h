@@ -32,16 +32,19 @@ void charge(
     const at::Tensor& balance, const at::Tensor& coefficients, const at::Tensor& law, bool count,
     at::ScalarType dtype);
 
-// gradients += scale · c_n · sgn(w), or scale · c_n · w/‖w_n‖₂ where `radial`.
+// Along what a number is pulled, in the order of DIRECTIONS (efreg/force/laws.py).
+enum Direction : int64_t { kSign, kRadial, kShare };
+
+// gradients += scale · c_n · sgn(w), or its twins (reference.py: pull).
 void pull(
     const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights, const at::Tensor& units,
-    const at::Tensor& targets, const at::Tensor& coefficients, const at::Tensor& scale, bool radial,
+    const at::Tensor& targets, const at::Tensor& coefficients, const at::Tensor& scale, int64_t along,
     at::ScalarType dtype);
 
-// w ← sgn(w) · max(|w| − t, 0) at t = rates[row] · c_n, or its radial twin; nothing where found_inf ≠ 0.
+// w ← sgn(w) · max(|w| − t, 0) at t = rates[row] · c_n, or its twins; nothing where found_inf ≠ 0.
 void shrink(
     const at::Tensor& tiles, const at::Tensor& layout, const at::Tensor& weights, const at::Tensor& units,
-    const at::Tensor& coefficients, const at::Tensor& rates, const at::Tensor& found_inf, bool radial,
+    const at::Tensor& coefficients, const at::Tensor& rates, const at::Tensor& found_inf, int64_t along,
     at::ScalarType dtype);
 
 }  // namespace efreg::cuda

@@ -5,6 +5,7 @@ from torch import Tensor
 from efreg.backends import native
 from efreg.backends.protocol import Backend, Grads, fused
 from efreg.backends.rows import Rows
+from efreg.force.laws import DIRECTIONS
 
 
 class Cpp(Backend):
@@ -19,16 +20,18 @@ class Cpp(Backend):
         magnitude, balance, norms = self._module.measure(rows.tensors, rows.dims, sign == "count", norm)
         return magnitude, balance, norms if norm else None
 
-    def pull(self, grads, rows, coefficients, *, scale, radial):
+    def pull(self, grads, rows, coefficients, *, scale, direction):
         grads, rows = _with_gradient(grads, rows)
         if grads:
-            self._module.pull(grads, rows.tensors, coefficients, rows.places, rows.dims, float(scale), radial)
+            along = DIRECTIONS.index(direction)
+            self._module.pull(grads, rows.tensors, coefficients, rows.places, rows.dims, float(scale), along)
 
-    def shrink(self, rows, coefficients, *, rates, found_inf=None, radial):
+    def shrink(self, rows, coefficients, *, rates, found_inf=None, direction):
         if found_inf is not None and float(found_inf) != 0:
             return
         scales = [float(rate) for rate in rates]
-        self._module.shrink(rows.tensors, coefficients, rows.places, rows.dims, scales, radial)
+        along = DIRECTIONS.index(direction)
+        self._module.shrink(rows.tensors, coefficients, rows.places, rows.dims, scales, along)
 
     def charge(self, groups, coefficients, law, kept=None):
         if not fused(law):

@@ -8,6 +8,7 @@ from efreg.backends.protocol import Backend, fused
 from efreg.backends.rows import Rows
 from efreg.backends.sending import capturing, keep_if_captured, on_device
 from efreg.backends.table import Table, shapes_of, table_of
+from efreg.force.laws import DIRECTIONS
 
 
 class Launched(Backend):
@@ -40,22 +41,24 @@ class Launched(Backend):
         self._launch("measure", table, magnitude, balance, norms, sign == "count")
         return magnitude, balance, norms
 
-    def pull(self, grads, rows, coefficients, *, scale, radial):
+    def pull(self, grads, rows, coefficients, *, scale, direction):
         table = table_of(rows)
         table.check(coefficients)
         targets, copies = table.targets(grads, rows)
         table.read(rows)
-        self._launch("pull", table, table.units, targets, coefficients, table.scale(scale), radial)
+        along = DIRECTIONS.index(direction)
+        self._launch("pull", table, table.units, targets, coefficients, table.scale(scale), along)
         for grad, copy in copies:
-            grad.copy_(copy)
+            grad.detach().copy_(copy)
         torch.autograd.graph.increment_version([grad for grad in grads if grad is not None])
 
-    def shrink(self, rows, coefficients, *, rates, found_inf=None, radial):
+    def shrink(self, rows, coefficients, *, rates, found_inf=None, direction):
         table = table_of(rows)
         table.check(coefficients)
         found_inf = on_device(0.0 if found_inf is None else found_inf, table.magnitude)
         table.read(rows)
-        self._launch("shrink", table, table.units, coefficients, table.rates(rates), found_inf, radial)
+        along = DIRECTIONS.index(direction)
+        self._launch("shrink", table, table.units, coefficients, table.rates(rates), found_inf, along)
         table.write(rows)
         torch.autograd.graph.increment_version(rows.tensors)
 

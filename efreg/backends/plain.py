@@ -12,19 +12,22 @@ class Reference(Backend):
 
     name = "reference"
 
+    @torch.no_grad()
     def measure(self, rows, *, sign, norm):
         measured = [reference.measure(w, d, sign=sign, norm=norm) for w, d in zip(rows.tensors, rows.dims)]
         magnitudes, balances, norms = zip(*measured)
         return torch.cat(magnitudes), torch.cat(balances), torch.cat(norms) if norm else None
 
-    def pull(self, grads, rows, coefficients, *, scale, radial):
+    @torch.no_grad()
+    def pull(self, grads, rows, coefficients, *, scale, direction):
         for grad, weight, dim, c in zip(grads, rows.tensors, rows.dims, rows.coefficients(coefficients)):
             if grad is not None:
                 by = scale.to(c.device) if isinstance(scale, Tensor) else scale
-                reference.pull(grad, weight, c, dim, scale=by, radial=radial)
+                reference.pull(grad, weight, c, dim, scale=by, direction=direction)
 
-    def shrink(self, rows, coefficients, *, rates, found_inf=None, radial):
+    @torch.no_grad()
+    def shrink(self, rows, coefficients, *, rates, found_inf=None, direction):
         for rate, weight, dim, c in zip(rates, rows.tensors, rows.dims, rows.coefficients(coefficients)):
             rate = rate.to(c.device) if isinstance(rate, Tensor) else rate
             scale = rate if found_inf is None else rate * (found_inf.to(c.device) == 0)
-            reference.shrink(weight, c, dim, scale=scale, radial=radial)
+            reference.shrink(weight, c, dim, scale=scale, direction=direction)

@@ -25,8 +25,8 @@ class Backend:
         """Magnitudes, balances of the signs and, where `norm`, L2 norms of all filters, row behind row."""
         raise NotImplementedError
 
-    def pull(self, grads: Grads, rows: Rows, coefficients: Tensor, *, scale: Factor, radial: bool) -> None:
-        """grads += scale · c_n · sgn(w), or its radial twin; a row whose gradient is None is left alone."""
+    def pull(self, grads: Grads, rows: Rows, coefficients: Tensor, *, scale: Factor, direction: str) -> None:
+        """grads += scale · c_n · sgn(w), or its twins (reference.py); a row whose gradient is None stays."""
         raise NotImplementedError
 
     def shrink(
@@ -36,9 +36,9 @@ class Backend:
         *,
         rates: list[Factor],
         found_inf: Tensor | None = None,
-        radial: bool,
+        direction: str,
     ) -> None:
-        """w ← sgn(w) · max(|w| − rates[i] · c_n, 0), or its radial twin; nothing where found_inf is not 0."""
+        """w ← sgn(w) · max(|w| − rates[i] · c_n, 0), or its twins; nothing where found_inf is not 0."""
         raise NotImplementedError
 
     def charge(self, groups: Groups, coefficients: Tensor, law: Law, kept: "Kept | None" = None) -> None:
@@ -58,19 +58,22 @@ class Backend:
     ) -> None:
         """`charge`, then `pull`. The groups' rows are the first of the rows."""
         self.charge(groups, coefficients, law, kept)
-        self.pull(grads, rows, coefficients, scale=scale, radial=law.direction == "radial")
+        self.pull(grads, rows, coefficients, scale=scale, direction=law.direction)
 
 
 class Kept(NamedTuple):
     """What a law keeps, by name: a number a unit, laid out as the coefficients are.
 
-    begin: whether it begins now with the groups that are charged.
+    begin: whether it begins now with the groups that are charged. planned: laid out likewise, 1 for a unit
+    that the plan removes.
     """
 
     state: dict[str, Tensor]
     begin: bool
+    planned: Tensor | None = None
 
 
+@torch.no_grad()
 def apply(
     law: Law,
     groups: Groups,
@@ -80,6 +83,8 @@ def apply(
 ) -> None:
     """Writes the coefficients of groups with these statistics, all of them by one call of the law."""
     charges = groups.charges(*statistics)
+    if kept is not None and kept.planned is not None:
+        charges = replace(charges, planned=groups.take(kept.planned) > 0)
     if not law.keeps or kept is None:
         return groups.put(law.of(charges), coefficients)
     begun = law.begin(charges) if kept.begin else {n: groups.take(flat) for n, flat in kept.state.items()}

@@ -46,32 +46,44 @@ def pull(
     dim: int = 0,
     *,
     scale: float | Tensor = 1.0,
-    radial: bool = False,
+    direction: str = "sign",
 ) -> None:
-    """grad += scale · c_n · sgn(w), in place (Eq. 10); for a radial law scale · c_n · w/‖w_n‖₂, and 0 at 0.
+    """grad += scale · c_n · sgn(w), in place (Eq. 10); "radial": scale · c_n · w/‖w_n‖₂, and 0 at 0.
 
+    "share": of itself the gradient loses a share, grad ← grad · max(1 − scale · c_n, 0).
     A filter whose coefficient is 0 keeps its gradient to the bit.
 
     grad, weight: [N, ...]; coefficient: [N]; scale: a number or a 0-dim tensor.
     """
     g, w, c = _operands(grad, weight, coefficient * scale, dim)
-    direction = w * _inverse_norm(w) if radial else w.sign()
-    _write(grad, g + c * direction, c != 0, dim)
+    if direction == "share":
+        pulled = _without(g, c)
+    else:
+        pulled = g + c * (w * _inverse_norm(w) if direction == "radial" else w.sign())
+    _write(grad, pulled, c != 0, dim)
 
 
 def shrink(
-    weight: Tensor, coefficient: Tensor, dim: int = 0, *, scale: float | Tensor = 1.0, radial: bool = False
+    weight: Tensor,
+    coefficient: Tensor,
+    dim: int = 0,
+    *,
+    scale: float | Tensor = 1.0,
+    direction: str = "sign",
 ) -> None:
     """w ← sgn(w) · max(|w| − scale · c_n, 0), in place: the proximal step of Σ c_n · ‖w_n‖₁ at scale = lr.
 
-    For a radial law w ← w · max(1 − scale · c_n / ‖w_n‖₂, 0), the proximal step of Σ c_n · ‖w_n‖₂; weights so
+    "radial": w ← w · max(1 − scale · c_n / ‖w_n‖₂, 0), the proximal step of Σ c_n · ‖w_n‖₂; weights so
     small that their norm is 0 become 0, a filter whose norm is not finite stays.
+    "share": w ← w · max(1 − scale · c_n, 0).
     A filter whose coefficient is 0 keeps its weights to the bit.
 
     weight: [N, ...]; coefficient: [N]; scale: a number or a 0-dim tensor.
     """
     w, _, c = _operands(weight, weight, coefficient * scale, dim)
-    if radial:
+    if direction == "share":
+        shrunk = _without(w, c)
+    elif direction == "radial":
         norm = torch.linalg.vector_norm(w, dim=1, keepdim=True)
         kept = torch.where((norm > 0) & norm.isfinite(), 1 - c / norm, 1)
         shrunk = w * torch.where(norm <= c, 0, kept)
@@ -88,6 +100,11 @@ def _operands(target: Tensor, weight: Tensor, coefficient: Tensor, dim: int) -> 
         as_rows(weight.detach(), dim).to(dtype),
         coefficient.unsqueeze(1),
     )
+
+
+def _without(x: Tensor, share: Tensor) -> Tensor:
+    """What is left of x when it has lost a share of itself: 0 where that is all, whatever x was."""
+    return torch.where(share >= 1, 0, x * (1 - share))
 
 
 def _inverse_norm(w: Tensor) -> Tensor:

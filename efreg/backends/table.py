@@ -58,12 +58,12 @@ class Table:
     def read(self, rows: Rows) -> None:
         """Renews the dense copies of weights that are not dense."""
         for i, copy in self.copies.items():
-            copy.copy_(rows.tensors[i].movedim(rows.dims[i], 0))
+            copy.copy_(rows.tensors[i].detach().movedim(rows.dims[i], 0))
 
     def write(self, rows: Rows) -> None:
         """Hands the dense copies back to the weights."""
         for i, copy in self.copies.items():
-            rows.tensors[i].movedim(rows.dims[i], 0).copy_(copy)
+            rows.tensors[i].detach().movedim(rows.dims[i], 0).copy_(copy)
 
     def targets(self, grads: list[Tensor | None], rows: Rows) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Addresses and turns of the gradients, on the device; and (gradient, copy) where a copy is pulled.

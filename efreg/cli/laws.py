@@ -10,7 +10,7 @@ def _laws(arguments: Namespace) -> None:
     """Name, parameters and formula of each law, and the sentence that its docstring begins with."""
     for name, law in efreg.LAWS.items():
         given = ",".join(f"{key}={default}" for key, default in law.parameters().items())
-        along = {"sign": "sgn(w)", "radial": "w/‖w_n‖₂"}[law.direction]
+        along = {"sign": "sgn(w)", "radial": "w/‖w_n‖₂", "share": "w"}[law.direction]
         summary = " ".join(law.__doc__.partition("\n\n")[0].split())
         print(
             f"{name}{':' + given if given else ''}\n    c_n = {law.formula}, along {along}\n    {summary}\n"

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from efreg.force import stepping
 from efreg.force.batches import Charging, times
-from efreg.force.laws import Alpha, Charges, Factor, Law, resolve
-from efreg.force.serving import Serving
-from efreg.force.targets import Clock, find_targets
+from efreg.force.laws import Alpha, Charges, Factor, Fade, Law, resolve
+from efreg.force.serving import Chosen, Serving
+from efreg.force.targets import Clock, Planned, find_targets
 from efreg.groups import unwrap
 
 logger = logging.getLogger("efreg")
@@ -27,9 +27,9 @@ def attach(
     *,
     law: str | Law = "electrostatic",
     layers=None,
-    scope: str = "weights",
+    scope: str | None = None,
     refresh: int | None = None,
-    update: str = "gradient",
+    update: str | None = None,
     max_coefficient: float | None = None,
     check: str | None = "warn",
     backend: str = "auto",
@@ -41,17 +41,18 @@ def attach(
     zeros). Works with gradient accumulation, GradScaler, clipping, closures, DDP and `torch.compile`. An
     optimizer that divides gradients by their size, as Adam does, undoes a pull on them: take "proximal".
 
-    alpha: the strength α ≥ 0, with a law's name; an instance has its own. A function of the step makes it a
+    alpha: the strength α ≥ 0, with a law's name; an instance has its own, and `efreg.Fade` none. A function of the step makes it a
         schedule (efreg.schedules has some); it is called with the steps that a weight was served before, and
         must not hold the model. A 0-dim tensor is read at every step, on an accelerator without waiting.
     law: a name that `efreg laws` lists, with parameters if need be ("ladder:power=4"), a class of your own as
         "package.module.Class", or an instance: `efreg.Ladder(1e-2, power=2)`.
     layers: None (every ungrouped convolution), a plan (its groups), or names, glob patterns and modules;
         linear layers and transposed convolutions when named.
-    scope: "weights" pulls the weights that write a unit, as the paper does; "filter" all that removal takes
-        from it, each number with the unit's own coefficient: weights, biases, scales and shifts of norms,
+    scope: "weights" pulls the weights that write a unit, as the paper does, and is what every law but
+        `efreg.Fade` does where nothing is said; "filter" all that removal takes from it, each number with the unit's own coefficient: weights, biases, scales and shifts of norms,
         depthwise weights. It needs a plan made with example_inputs. A unit has one charge, of all weights
         that write it, in both.
+    update: "gradient" where nothing is said, "proximal" for `efreg.Fade`.
     refresh: None takes the charges once, at the first step; k takes them anew every k optimizer steps.
     max_coefficient: none is larger, whatever the law says.
     check: "warn" says once where a step of the force is larger than the mean |w| of what it pulls; None does
@@ -69,18 +70,21 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: attach a torch.nn.Module")
-    if update not in UPDATES:
+    if update not in (None, *UPDATES):
         raise ValueError(f"unknown update {update!r}: there are {', '.join(UPDATES)}")
     if check not in CHECKS:
         raise ValueError(f"check is {check!r}: give 'warn' or None")
     found = resolve(law, alpha)
     if found.keeps and refresh != 1:
         raise ValueError(f"{type(found).__name__} changes at every step: give refresh=1")
+    scope, update = _ways(found, scope, update)
     model = unwrap(model)
+    chosen = _chosen(model, found, layers)
     return Attachment(
         model,
         found,
         find_targets(model, layers, scope),
+        chosen=chosen,
         scope=scope,
         refresh=_checked_refresh(refresh),
         update=update,
@@ -96,13 +100,21 @@ class Attachment:
     law, scope, refresh_every, update: as given to `attach`.
     """
 
-    def __init__(self, model, law, targets, *, scope, refresh, update, most, check, backend):
+    def __init__(self, model, law, targets, *, chosen, scope, refresh, update, most, check, backend):
         self.law: Law = law
         self.scope: str = scope
         self.refresh_every: int | None = refresh
         self.update: str = update
         self._serving = Serving(
-            model, law, targets, refresh=refresh, update=update, backend=backend, most=most, check=check
+            model,
+            law,
+            targets,
+            chosen=chosen,
+            refresh=refresh,
+            update=update,
+            backend=backend,
+            most=most,
+            check=check,
         )
         _warn_if_attached(self._serving)
         self._finalizer = weakref.finalize(model, self.detach)
@@ -159,11 +171,8 @@ class Attachment:
             raise ValueError("the force does not act on this parameter: give one that it pulls")
         total = 0
         for f in found:
-            shelf = self._serving.store.shelf(f.target)
-            units = f.place.all_units(parameter.shape[f.place.dim], 0).to(shelf.coefficients.device)
-            c = torch.where(units < 0, 0, shelf.numbers(f.target)["coefficient"][units.clamp_min(0)])
-            c = times(c, self._serving.strength(f.target)).to(parameter.device)
-            total = total + c.view([-1 if i == f.place.dim else 1 for i in range(parameter.ndim)])
+            c = self._serving.store.shelf(f.target).entries(f.target, f.place, parameter)
+            total = total + times(c, self._serving.strength(f.target)).to(parameter.device)
         return total
 
     def pull(self, scale: Factor = 1.0) -> None:
@@ -186,12 +195,8 @@ class Attachment:
 
     def detach(self) -> None:
         """Ends the force; the weights stay as they are. Doing it twice is doing it once."""
-        if self in _attached and not self.steps:
-            logger.warning(
-                "no step was served by %r: the force acts at the step of a torch.optim.Optimizer of this "
-                "model; call force.pull() or force.shrink(lr) in a loop of your own",
-                self,
-            )
+        if self in _attached:
+            self._mind_the_end()
         stepping.unsubscribe(self._serving)
         _attached.discard(self)
         self._finalizer.detach()
@@ -256,6 +261,25 @@ class Attachment:
             f"backend={self._serving.backends}, {self.steps} steps served)"
         )
 
+    def _mind_the_end(self) -> None:
+        """Says what the force has not done yet."""
+        if not self.steps:
+            logger.warning(
+                "no step was served by %r: the force acts at the step of a torch.optim.Optimizer of this "
+                "model; call force.pull() or force.shrink(lr) in a loop of your own",
+                self,
+            )
+        elif isinstance(self.law, Fade):
+            left = [t for t in self._serving.targets if 0 < t.clock.served < self.law.steps]
+            names = [f"{t.name} ({self._serving.planned_of(t)} units)" for t in left]
+            if names:
+                logger.warning(
+                    "%s ends after %d steps, these are not dead yet: %s; fade in fewer steps",
+                    self.law,
+                    self.steps,
+                    ", ".join(names),
+                )
+
     def _kind(self) -> dict[str, Any]:
         """What a state must agree in."""
         law = self.law
@@ -284,6 +308,9 @@ class Attachment:
         charges = charging.charges(law)
         state = {name: charging.groups.take(flat) for name, flat in charging.shelf.state.items()}
         now = replace(charges, state=state or law.begin(charges))
+        if law.needs_plan:
+            planned = charging.shelf.choose(self._serving.chosen())
+            now = replace(now, planned=charging.groups.take(planned) > 0)
         c = law.of(now)
         if not fresh:
             taken = torch.tensor(
@@ -313,6 +340,47 @@ def _warn_if_attached(serving: Serving) -> None:
         if not mine.isdisjoint(id(found.parameter) for found in other._serving.find()):
             logger.warning("these layers have a force already (%r): both act from now on", other)
             return
+
+
+def _ways(law: Law, scope: str | None, update: str | None) -> tuple[str, str]:
+    """What is pulled and how, where the law has the say.
+
+    Raises ValueError for a law that takes shares of what it pulls, where it is told otherwise.
+    """
+    for name, asked in (("scope", scope), ("update", update)):
+        own = getattr(law, name)
+        if law.direction == "share" and asked not in (None, own):
+            raise ValueError(
+                f"{type(law).__name__} has {name}={own!r} of its own: leave {name}={asked!r} out"
+            )
+    return scope or law.scope, update or law.update
+
+
+def _chosen(model: nn.Module, law: Law, layers: Any) -> Chosen:
+    """Which units are to go, for a law that needs to know.
+
+    Raises ValueError without a plan, and for units that the plan's groups have not.
+    """
+    if not law.needs_plan:
+        return dict
+    if not isinstance(layers, Planned) or isinstance(layers, nn.Module):
+        raise ValueError(
+            f"{type(law).__name__} pulls what a plan removes: give layers=efreg.plan(model, ...)"
+        )
+    if law.units is None:
+        ref = weakref.ref(model)
+        return lambda: layers.filters(ref())
+    sizes = {group.name: group.size for group in layers.groups(model, members=True)}
+    for name, units in law.units.items():
+        if name not in sizes:
+            raise ValueError(
+                f"units names {name!r}, which is no group of the plan: there are {', '.join(sizes)}"
+            )
+        if not all(isinstance(n, int) and 0 <= n < sizes[name] for n in units):
+            raise ValueError(
+                f"units of {name!r} are {list(units)}: they are numbers from 0 to {sizes[name] - 1}"
+            )
+    return lambda: law.units
 
 
 def _checked_refresh(refresh: int | None) -> int | None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from efreg.backends.protocol import Backend, Kept, apply
 from efreg.backends.reference import accumulator
@@ -103,15 +104,17 @@ class Batch:
         )
         self.device, self.shelf, self.owners = first.parameter.device, shelf, owners
         self.backend = serving(self.device)
+        self._accumulator = accumulator(first.parameter.dtype)
+        kept = shelf.coefficients
+        self._at_home = (kept.device, kept.dtype) == (self.device, self._accumulator)
         self.clock = Clock(first.place.clock.served, first.place.clock.age)
         for f in found:
             f.place.clock = self.clock
         self.maximize = maximizes(first.parameter, owners)
-        self._due = self._begins = False
+        self._due = self._begins = self._stilled = False
         self._rows, self._slices = rows_of(self.found, shelf)
         self._pulled = [f.parameter for f in self.found]
-        self._seen: list[Callable[[], Tensor | None]] = []
-        self._versions: list[int] | None = None
+        self._mark = _Mark([])
         self._gone: list[weakref.ref] = []
         self._modules = [weakref.ref(f.module, self._gone.append) for f in self.found]
         others = [f for f in ahead if id(f.place) not in there]
@@ -156,10 +159,9 @@ class Batch:
         already and are left as they are, but with `again`, and in a capture, whose replays see new ones.
         """
         whole = [parameter.grad for parameter in self._pulled]
-        if not again and not capturing(self.device) and self._hold(whole):
+        if not again and not capturing(self.device) and self._mark.is_on(whole):
             return
         grads, scale = self._sliced(whole), times(scale, -1.0) if self.maximize else scale
-        radial = law.direction == "radial"
         if self._due and self._together and most is None:
             self.backend.force(
                 grads,
@@ -172,18 +174,35 @@ class Batch:
             )
         else:
             self.charge(law)
-            self.backend.pull(grads, self._rows, self.coefficients(most), scale=scale, radial=radial)
-        self._remember(whole)
+            c = self.coefficients(most)
+            self.backend.pull(grads, self._rows, c, scale=scale, direction=law.direction)
+        self._mark = _Mark(whole)
 
     def shrink(self, law: Law, rates: list[Factor], found_inf: Tensor | None, most: Factor | None) -> None:
         """The proximal step of every parameter, at rates[i]."""
-        radial = law.direction == "radial"
-        self.backend.shrink(
-            self._rows, self.coefficients(most), rates=rates, found_inf=found_inf, radial=radial
-        )
+        c = self.coefficients(most)
+        self.backend.shrink(self._rows, c, rates=rates, found_inf=found_inf, direction=law.direction)
 
-    def rates(self, strength: Factor) -> list[Factor]:
-        """Of each parameter the learning rate times α, 0 where it has no gradient."""
+    def forget(self) -> None:
+        """Takes from the gradients the share that the coefficients are."""
+        grads = self._sliced([parameter.grad for parameter in self._pulled])
+        self.backend.pull(grads, self._rows, self.coefficients(), scale=1.0, direction="share")
+
+    def still(self, optimizer: Optimizer) -> None:
+        """Zeroes, once, what the optimizer keeps of the units that have a coefficient."""
+        if self._stilled:
+            return
+        self._stilled = True
+        for f in self.found:
+            gone = self.shelf.entries(f.target, f.place, f.parameter) != 0
+            for kept in optimizer.state.get(f.parameter, {}).values():
+                if isinstance(kept, Tensor) and kept.shape == f.parameter.shape:
+                    kept.masked_fill_(gone.to(kept.device), 0)
+
+    def rates(self, law: Law, strength: Factor) -> list[Factor]:
+        """Of each parameter the learning rate times α, 0 where it has no gradient; else what the law says."""
+        if not law.paced:
+            return [strength] * len(self.found)
         groups = {id(group): group for group in self.owners.values()}
         by_group = {key: times(group["lr"], strength) for key, group in groups.items()}
         return [
@@ -193,13 +212,14 @@ class Batch:
 
     def coefficients(self, most: Factor | None = None) -> Tensor:
         """Those in force as the rows read them, none above `most`."""
-        parameter, c = self.found[0].parameter, self.shelf.coefficients
-        c = c.to(parameter.device, accumulator(parameter.dtype))
+        c = self.shelf.coefficients
+        if not self._at_home:
+            c = c.to(self.device, self._accumulator)
         return c if most is None else c.clamp(max=most)
 
     def _kept(self) -> Kept:
         """What the law keeps; charges are no longer due."""
-        kept = Kept(self.shelf.state, self._begins)
+        kept = Kept(self.shelf.state, self._begins, self.shelf.planned)
         self._due = self._begins = False
         return kept
 
@@ -210,19 +230,6 @@ class Batch:
                 grads = [*grads[:i], grads[i].detach().narrow(dim, first, length), *grads[i + 1 :]]
         return grads
 
-    def _hold(self, grads: list[Tensor | None]) -> bool:
-        """Whether these gradients are as the last pull left them."""
-        return (
-            self._versions is not None
-            and self._versions == _versions(grads)
-            and all(map(is_, grads, (ref() for ref in self._seen)))
-        )
-
-    def _remember(self, grads: list[Tensor | None]) -> None:
-        if len(self._seen) != len(grads) or not all(map(is_, grads, (ref() for ref in self._seen))):
-            self._seen = [_nothing if grad is None else weakref.ref(grad) for grad in grads]
-        self._versions = _versions(grads)
-
     def _look_up(self) -> list:
         return [parameters.get(key) for parameters, key in self._places]
 
@@ -230,6 +237,24 @@ class Batch:
         """What is compared at every step, with little time for each parameter."""
         there = self._parameters
         return list(map(Tensor.data_ptr, there)), list(map(Tensor.numel, there)), there[0].dtype
+
+
+class _Mark:
+    """What a pull leaves on gradients: which the first of them was, and how often it had been written to.
+
+    A backward pass writes to all of them; one look must do, because it is taken at every step.
+    """
+
+    def __init__(self, grads: Sequence[Tensor | None]):
+        self._first, self._version = _nothing, None
+        first = _first(grads)
+        if first is not None and not first.is_inference():  # there nobody counts what is written
+            self._first, self._version = weakref.ref(first), first._version
+
+    def is_on(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether these are the same, and nothing has been written to them since."""
+        first = self._first()
+        return first is not None and first is _first(grads) and first._version == self._version
 
 
 def rows_of(found: Sequence[Found], shelf: Shelf) -> tuple[Rows, dict[int, tuple[int, int, int]]]:
@@ -258,12 +283,8 @@ def times(number: Factor, strength: Factor) -> Factor:
     return number if strength == 1 else number * strength
 
 
-def _versions(grads: Sequence[Tensor | None]) -> list[int] | None:
-    """What tells whether gradients were written to; None where nothing does, as in inference mode."""
-    try:
-        return [-1 if grad is None else grad._version for grad in grads]
-    except RuntimeError:
-        return None
+def _first(grads: Sequence[Tensor | None]) -> Tensor | None:
+    return next((grad for grad in grads if grad is not None), None)
 
 
 def _nothing() -> None:

@@ -4,7 +4,7 @@ import ast
 import copy
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any, ClassVar, TypeVar
@@ -23,6 +23,10 @@ L = TypeVar("L", bound="Law")
 COULOMB = 8.99e9
 """k_e of Eq. 6, used as a number."""
 
+DIRECTIONS = ("sign", "radial", "share")
+"""Along what a number is pulled: sgn(w), w/‖w_n‖₂, or by a share of itself. Kernels know them by their place.
+"""
+
 
 @dataclass(frozen=True)
 class Charges:
@@ -36,6 +40,7 @@ class Charges:
     size: D, a number, or [G, 1].
     norm: [..., N], ‖w_n‖₂, for laws that need it.
     coefficient: [..., N], c_n, once a law has been applied.
+    planned: [..., N], bool, which units the plan removes as it would choose now, for laws that need it.
     state: what the law keeps from one time to the next, [..., N] each, by name; see `Law.begin`.
 
     Tensors are float32, or float64 for float64 weights, on the weight's device.
@@ -46,6 +51,7 @@ class Charges:
     size: int | Tensor
     norm: Tensor | None = None
     coefficient: Tensor | None = None
+    planned: Tensor | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -88,8 +94,10 @@ class Law:
     """A force: from charges to coefficients. Subclass it for a force of your own.
 
     A subclass gives `coefficients` and, where they differ, `direction` ("sign" pulls along sgn(w), "radial"
-    along w/‖w_n‖₂), `sign` ("count" or "sum", how a unit's sign is taken) and `needs_norm`; one that keeps
-    something from step to step gives `begin`. The method sees all groups of a model at once, so that a dozen
+    along w/‖w_n‖₂, "share" takes the share c_n of a number), `sign` ("count" or "sum", how a unit's sign is
+    taken), `needs_norm` and `needs_plan` (for `charges.planned`); one that keeps something from step to step
+    gives `begin`. `scope` and `update` are those of `attach` where it is told none; `paced` says whether a
+    proximal step is lr · c_n, as a penalty's is, or c_n. The method sees all groups of a model at once, so that a dozen
     small operations serve any number of layers. Index with `gather`: `m[m.argmax()]` cannot be compiled.
 
     alpha: the strength α ≥ 0: a number, a 0-dim tensor, or a function of the step (efreg.schedules has some),
@@ -102,13 +110,17 @@ class Law:
 
     direction: ClassVar[str] = "sign"
     needs_norm: ClassVar[bool] = False
+    needs_plan: ClassVar[bool] = False
+    scope: ClassVar[str] = "weights"
+    update: ClassVar[str] = "gradient"
+    paced: ClassVar[bool] = True
     formula: ClassVar[str] = ""
     sign = "count"
 
     def __post_init__(self):
         strength_at(self.alpha, 0)
         _require_one_of(f"{type(self).__name__}.sign", self.sign, "count", "sum")
-        _require_one_of(f"{type(self).__name__}.direction", self.direction, "sign", "radial")
+        _require_one_of(f"{type(self).__name__}.direction", self.direction, *DIRECTIONS)
 
     def coefficients(self, charges: Charges) -> Tensor:
         """c_n, a tensor like the magnitudes [G, N], for each row apart; 0 leaves a unit alone."""
@@ -121,6 +133,10 @@ class Law:
         law that keeps something is asked at every step: it needs refresh=1.
         """
         return {}
+
+    def forgets(self, strength: Factor) -> bool:
+        """Whether, at this α, units lose the share c_n of their gradients before a proximal step, too."""
+        return False
 
     @property
     def keeps(self) -> bool:
@@ -156,6 +172,11 @@ class Law:
     def parameters(cls) -> dict[str, Any]:
         """The names of what it is given beside α, with defaults."""
         return {f.name: f.default for f in fields(cls) if f.name != "alpha" and f.init}
+
+    @classmethod
+    def has_strength(cls) -> bool:
+        """Whether it is given an α."""
+        return any(f.name == "alpha" and f.init for f in fields(cls))
 
     def at_unit_strength(self: L) -> L:
         """The same law with α = 1."""
@@ -293,21 +314,30 @@ class Ladder(Law):
     2015), the opposite order, which pulls the largest most.
 
     power: p ≥ 0; at 0 it is L1 (but for N = 1), the higher it is the fewer units bear the force.
+    spare: the share of the units, the largest, that feels nothing; the ladder begins behind them, on which it
+        rises as it does on all: rank_n − ⌊spare · N⌋ of N − ⌊spare · N⌋.
     """
 
     formula: ClassVar[str] = "α · (p + 1) · (rank_n / (N − 1))^p"
 
     power: float = 1.0
+    spare: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
         _require_nonnegative("power", self.power)
+        _require_nonnegative("spare", self.spare)
+        if self.spare >= 1:
+            raise ValueError(f"spare is {self.spare}: it is a share of the units, below 1")
 
     def coefficients(self, charges: Charges) -> Tensor:
-        last = charges.count - 1
-        share = charges.rank().to(_widest(charges.magnitude)) / last.clamp_min(1)
+        wide = _widest(charges.magnitude)
+        spared = torch.floor(self.spare * charges.count.to(wide) + 1e-9)
+        last = charges.count - spared - 1
+        rank = charges.rank() - spared
+        share = rank.clamp_min(0) / last.clamp_min(1)
         c = self.alpha * (self.power + 1) * share**self.power
-        return torch.where(last > 0, c, 0).to(charges.magnitude)
+        return torch.where((last > 0) & (rank >= 0), c, 0).to(charges.magnitude)
 
 
 @dataclass(frozen=True)
@@ -408,6 +438,56 @@ class GReg2(GReg1):
         return torch.where(picked < 0, self.first, torch.where(picked > 0, chosen, spared))
 
 
+@dataclass(frozen=True)
+class Fade(Law):
+    """What the plan removes fades: after step t of T, t = 0, 1 ..., w ← w · (T − t − 1) / (T − t).
+
+    So a planned unit shrinks linearly, if nothing else moves it, with all that removal takes from it, is
+    exactly zero after step T, and stays so; then its gradients are zeroed before each step, and what the
+    optimizer keeps of it once. Nothing else is pulled, there is no α, and no learning rate in it: the share
+    1 / (T − t) goes after the optimizer's own step, whatever that is. Which units go is the plan's choice
+    when charges are taken, at the first step.
+
+    Relatives: HESSO fades linearly too (Chen et al., 2024, arXiv 2409.09085), OTO projects to zero (Chen et
+    al., 2021, arXiv 2107.07467), ResRep forgets (Ding et al., 2021, arXiv 2007.03260).
+
+    steps: T. Weights of 16 bits barely move where T − t is above 256; they reach zero all the same.
+    forget: the planned units' gradients are zeroed from the first step on, so that the force alone acts.
+    units: of each group, by name, those that go, instead of the plan's choice.
+    """
+
+    direction: ClassVar[str] = "share"
+    needs_plan: ClassVar[bool] = True
+    scope: ClassVar[str] = "filter"
+    update: ClassVar[str] = "proximal"
+    paced: ClassVar[bool] = False
+    formula: ClassVar[str] = "1 / (T − t) for what the plan removes"
+
+    alpha: Alpha = field(init=False, repr=False, compare=False, default=0.0)
+    steps: int = 0
+    forget: bool = False
+    units: Mapping[str, Sequence[int]] | None = None
+
+    def __post_init__(self):
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(
+                f"steps is {self.steps!r}: give the number of steps, from 1 up, to be zero after"
+            )
+        object.__setattr__(self, "alpha", self._share)
+        super().__post_init__()
+
+    def coefficients(self, charges: Charges) -> Tensor:
+        if charges.planned is None:
+            raise ValueError("Fade needs to know what is to go: give layers=plan")
+        return charges.planned.to(charges.magnitude)
+
+    def forgets(self, strength: Factor) -> bool:
+        return self.forget or strength >= 1
+
+    def _share(self, step: int) -> float:
+        return 1 / max(self.steps - step, 1)
+
+
 LAWS: dict[str, type[Law]] = {
     "electrostatic": Electrostatic,
     "gravity": Gravity,
@@ -417,6 +497,7 @@ LAWS: dict[str, type[Law]] = {
     "group_lasso": GroupLasso,
     "greg1": GReg1,
     "greg2": GReg2,
+    "fade": Fade,
 }
 """The laws that can be asked for by name."""
 
@@ -462,6 +543,10 @@ def resolve(law: str | Law, alpha: Alpha | None) -> Law:
     name, _, told = law.partition(":")
     kind = _kind(name)
     given = dict(_parameter(kind, name, part) for part in told.split(",") if part)
+    if not kind.has_strength():
+        if alpha is not None:
+            raise ValueError(f"law {law!r} has no strength: leave alpha={alpha!r} out")
+        return kind(**given)
     if alpha is None:
         raise ValueError(f"law {law!r} needs a strength: give alpha, for example alpha=1e-12")
     return kind(alpha, **given)

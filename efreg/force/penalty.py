@@ -56,21 +56,21 @@ def _(weights, dims, sign, norm):
 
 @torch.library.custom_op("efreg::pull", mutates_args=(), tags=TAGS)
 def pull_op(
-    weights: Sequence[Tensor], coefficients: Tensor, dims: Sequence[int], radial: bool
+    weights: Sequence[Tensor], coefficients: Tensor, dims: Sequence[int], direction: str
 ) -> list[Tensor]:
-    """c_n · sgn(w), or c_n · w/‖w_n‖₂ where `radial`: Eq. 10 as tensors of their own. No derivative exists.
+    """c_n · sgn(w), or c_n · w/‖w_n‖₂: Eq. 10 as tensors of their own. No derivative exists.
 
     weights: as in `measure`; coefficients: [Σ N], weight behind weight, in the accumulator's dtype.
     """
     _check(weights, dims)
     pulls = [torch.zeros_like(weight) for weight in weights]
     backend = select("auto", weights[0].device)
-    backend.pull(pulls, Rows.of(weights, dims), coefficients.contiguous(), scale=1.0, radial=radial)
+    backend.pull(pulls, Rows.of(weights, dims), coefficients.contiguous(), scale=1.0, direction=direction)
     return pulls
 
 
 @pull_op.register_fake
-def _(weights, coefficients, dims, radial):
+def _(weights, coefficients, dims, direction):
     _check(weights, dims)
     return [torch.empty_like(weight) for weight in weights]
 
@@ -108,13 +108,13 @@ class _Penalty(torch.autograd.Function):
             groups.put(c, of_units)
             coefficients = torch.cat(groups.rows.coefficients(of_units))
         ctx.save_for_backward(coefficients, *weights)
-        ctx.dims, ctx.radial = dims, law.direction == "radial"
+        ctx.dims, ctx.direction = dims, law.direction
         return law.energy(charges, c)
 
     @staticmethod
     def backward(ctx, grad_energy: Tensor):
         coefficients, *weights = ctx.saved_tensors
-        return None, None, None, *pull_op(weights, coefficients * grad_energy, ctx.dims, ctx.radial)
+        return None, None, None, *pull_op(weights, coefficients * grad_energy, ctx.dims, ctx.direction)
 
 
 def _charges(

@@ -4,7 +4,7 @@ import logging
 import re
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
 
 import torch
@@ -31,6 +31,10 @@ ADAPTIVE = re.compile(
 """Names of optimizers that divide a gradient by its size, or take its sign."""
 
 
+Chosen = Callable[[], Mapping[str, Sequence[int]]]
+"""Of each target, by name, the units that are to go now."""
+
+
 class _Nest(threading.local):
     """This thread's outermost step: what it has served, and what the steps within it have claimed."""
 
@@ -46,12 +50,22 @@ class Serving:
     """
 
     def __init__(
-        self, model: nn.Module, law: Law, targets: list[Target], *, refresh, update, backend, most, check
+        self,
+        model: nn.Module,
+        law: Law,
+        targets: list[Target],
+        *,
+        chosen: Chosen,
+        refresh,
+        update,
+        backend,
+        most,
+        check,
     ):
         self.law, self.refresh, self.update, self.most = law, refresh, update, most
         self.scheduled = callable(law.alpha) or isinstance(law.alpha, Tensor)
         self.unit_law = law.at_unit_strength() if self.scheduled else law
-        self.targets, self.store = targets, Store()
+        self.targets, self.store, self.chosen = targets, Store(), chosen
         self.model = weakref.ref(model)
         self._backend_name = backend
         self._backends: dict[torch.device, Backend] = {}
@@ -77,44 +91,45 @@ class Serving:
         nest.claims[step] = []
         if not (batches := self._unserved(self._batches_of(optimizer))):
             return args, kwargs
-        if self.update == "proximal":
+        if self.update == "proximal" and self.law.paced:
             _require_rates(optimizer, batches)
         nest.served += batches
         strengths = self._begin(batches)
         nest.claims[step] = list(zip(batches, strengths))
         if self.update == "proximal":
             self._charge(batches, strengths)
-        elif (closure := _closure(args, kwargs)) is not None:
+            if not any(map(self.law.forgets, strengths)):
+                return args, kwargs
+        if (closure := _closure(args, kwargs)) is not None:
             return _with_closure(args, kwargs, self._pulling(closure, optimizer, batches, strengths))
-        else:
-            self._pull(optimizer, batches, strengths)
+        self._pull(optimizer, batches, strengths)
         return args, kwargs
 
-    @torch.no_grad()
     def after_step(self, optimizer: Optimizer, step: int) -> None:
         """The post hook of every optimizer step."""
         claimed = self._nest.claims.pop(step, [])
         if self.update == "proximal":
             for batch, strength in claimed:
                 found_inf = getattr(optimizer, "found_inf", None)
-                batch.shrink(self.unit_law, batch.rates(strength), found_inf, self._most(strength))
+                rates = batch.rates(self.law, strength)
+                batch.shrink(self.unit_law, rates, found_inf, self._most(strength))
+                if not self.law.paced and strength == 1:  # nothing is left
+                    batch.still(optimizer)
 
     # A loop of the user's own
 
-    @torch.no_grad()
     def pull(self, scale: Factor) -> None:
         """One step of all that there is, on the gradients."""
         batches = self._all_of_them()
         for batch, strength in zip(batches, self._begin(batches)):
             batch.pull(self.unit_law, times(strength, scale), self._most(strength), again=True)
 
-    @torch.no_grad()
     def shrink(self, lr: Factor) -> None:
         """One step of all that there is, on the weights."""
         batches = self._all_of_them()
         for batch, strength in zip(batches, self._begin(batches)):
             batch.charge(self.unit_law)
-            rates = [times(lr, strength)] * len(batch.found)
+            rates = [times(lr, strength) if self.law.paced else strength] * len(batch.found)
             batch.shrink(self.unit_law, rates, None, self._most(strength))
 
     # What there is
@@ -146,6 +161,11 @@ class Serving:
     def strength(self, target: Target) -> Factor:
         """α of the last step that a target was served, where it is not in the coefficients."""
         return self._strength(max(target.clock.served - 1, 0))
+
+    def planned_of(self, target: Target) -> int:
+        """How many of a target's units are to go."""
+        shelf = self.store.shelf(target)
+        return int(shelf.coefficients[shelf.of(target)].count_nonzero())
 
     def backend(self, device: torch.device) -> Backend:
         """The backend that serves a device."""
@@ -185,15 +205,19 @@ class Serving:
 
     def _begin(self, batches: Sequence[Batch]) -> list[Factor]:
         """Looks at α, and counts the step. The α of each batch."""
-        strengths = [self._strength(batch.clock.served) for batch in batches]
-        for batch, strength in zip(batches, strengths):
-            if self.scheduled and isinstance(strength, float) and capturing(batch.device):
-                raise RuntimeError(
-                    "this alpha changes with the steps, which the replays of a CUDA graph do not see: give a "
-                    "0-dim tensor on the device and fill it before each replay"
-                )
-            batch.begin(self.refresh)
-        return strengths
+        return [self._begun(batch) for batch in batches]
+
+    def _begun(self, batch: Batch) -> Factor:
+        strength = self._strength(batch.clock.served)
+        if self.scheduled and isinstance(strength, float) and capturing(batch.device):
+            raise RuntimeError(
+                "this alpha changes with the steps, which the replays of a CUDA graph do not see: give a "
+                "0-dim tensor on the device and fill it before each replay"
+            )
+        batch.begin(self.refresh)
+        if self.law.needs_plan and batch.is_due:
+            batch.shelf.planned = batch.shelf.choose(self.chosen())
+        return strength
 
     def _strength(self, step: int) -> Factor:
         """α, where it is not in the coefficients."""
@@ -205,8 +229,11 @@ class Serving:
             return None
         return self.most / strength
 
-    @torch.no_grad()
     def _pull(self, optimizer: Optimizer, batches: Sequence[Batch], strengths: Sequence[Factor]) -> None:
+        if self.update == "proximal":
+            for batch in batches:
+                batch.forget()
+            return
         grad_scale = getattr(optimizer, "grad_scale", None)
         for batch, strength in zip(batches, strengths):
             fresh = batch.is_due
@@ -214,7 +241,6 @@ class Serving:
             batch.pull(self.unit_law, scale, self._most(strength))
             self._look(batch, strength, fresh)
 
-    @torch.no_grad()
     def _charge(self, batches: Sequence[Batch], strengths: Sequence[Factor]) -> None:
         for batch, strength in zip(batches, strengths):
             fresh = batch.is_due
@@ -222,7 +248,7 @@ class Serving:
             self._look(batch, strength, fresh)
 
     def _look(self, batch: Batch, strength: Factor, fresh: bool) -> None:
-        if self._watch is not None and fresh and not capturing(batch.device):
+        if self._watch is not None and self.law.paced and fresh and not capturing(batch.device):
             self._watch.look(batch, self.unit_law, strength)
 
     def _pulling(

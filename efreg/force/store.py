@@ -1,13 +1,13 @@
 """The store: the coefficients in force, in one place."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from efreg.backends.reference import accumulator
-from efreg.force.targets import Target
+from efreg.force.targets import Place, Target
 
 Key = tuple[torch.device, torch.dtype]
 """Where weights lie, and the dtype in which their statistics are kept."""
@@ -16,7 +16,8 @@ Key = tuple[torch.device, torch.dtype]
 class Shelf:
     """The coefficients of the targets of one device and dtype, one behind the other, and what the law keeps.
 
-    A number a unit; coefficients are without an α that changes.
+    A number a unit; coefficients are without an α that changes. planned: 1 where the plan removes a unit, for
+    laws that need it.
     """
 
     def __init__(self, key: Key, targets: Sequence[Target], sizes: Sequence[int]):
@@ -26,6 +27,20 @@ class Shelf:
         with torch.inference_mode(False):
             self.coefficients = torch.zeros(sum(sizes), dtype=dtype, device=device)
         self.state: dict[str, Tensor] = {}
+        self.planned: Tensor | None = None
+
+    def choose(self, units: Mapping[str, Sequence[int]]) -> Tensor:
+        """A tensor like the coefficients: 1 for these units of the targets, by name, and 0."""
+        planned = torch.zeros_like(self.coefficients)
+        for target in self.sizes:
+            planned[self.of(target)][list(units.get(target.name, ()))] = 1
+        return planned
+
+    def entries(self, target: Target, place: Place, parameter: Tensor) -> Tensor:
+        """The coefficients of a parameter's entries, 0 for those of no unit, shaped to multiply it."""
+        units = place.all_units(parameter.shape[place.dim], self.starts[target]).to(self.coefficients.device)
+        c = torch.where(units < 0, 0, self.coefficients[units.clamp_min(0)])
+        return c.view([-1 if i == place.dim else 1 for i in range(parameter.ndim)])
 
     def of(self, target: Target) -> slice:
         """Where a target's numbers lie."""

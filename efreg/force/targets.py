@@ -2,7 +2,7 @@
 
 import fnmatch
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,6 +24,9 @@ class Planned(Protocol):
 
     def groups(self, model: nn.Module, *, members: bool) -> Sequence[Group]:
         """Its groups; raises ValueError for another model's plan, or one without the members asked for."""
+
+    def filters(self, model: nn.Module) -> Mapping[str, Sequence[int]]:
+        """Of each group, by name, the units that would go now."""
 
 
 @dataclass
