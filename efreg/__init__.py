@@ -27,6 +27,7 @@ from efreg.force.penalty import measure, penalty
 from efreg.groups import Group, Member
 from efreg.pruning.files import load, save
 from efreg.pruning.inspecting import Inspection, inspect
+from efreg.pruning.nesting import Nesting, nested
 from efreg.pruning.planning import plan
 from efreg.pruning.plans import Plan
 from efreg.pruning.recalibrating import recalibrate
@@ -53,6 +54,7 @@ __all__ = [
     "Ladder",
     "Law",
     "Member",
+    "Nesting",
     "Plan",
     "PruningError",
     "Report",
@@ -62,6 +64,7 @@ __all__ = [
     "load",
     "macs",
     "measure",
+    "nested",
     "penalty",
     "plan",
     "prune",

@@ -238,11 +238,12 @@ def test_every_option_reaches_the_settings(monkeypatch):
         "--refresh 3 --update proximal --backend reference --ratio 0.65 --skip 1.0 2.1 --schedule p2 "
         "--epochs 7 --lr 0.2 --batch-size 9 --weight-decay 5e-4 --seed 4 --device cpu --out there "
         "--scope filter --alpha-schedule cosine --alpha-until 0.5 --precision auto --channels-last "
-        "--step compile --held-out 100"
+        "--step compile --held-out 100 --coupled --nested 0 0.5 --distil t.pt"
     )
     assert cli.main(line.split()) == 0
     settings, out, options = seen[0]
-    assert vars(settings) | {"skip": list(settings.skip), "ratio": float(settings.ratio)} == {
+    told = {"skip": list(settings.skip), "nested": list(settings.nested), "ratio": float(settings.ratio)}
+    assert vars(settings) | told == {
         "dataset": "mnist",
         "data": "here",
         "model": "resnet32",
@@ -258,6 +259,9 @@ def test_every_option_reaches_the_settings(monkeypatch):
         "ratio": 0.65,
         "ratios": None,
         "skip": ["1.0", "2.1"],
+        "coupled": True,
+        "nested": [0, 0.5],
+        "distil": "t.pt",
         "schedule": "p2",
         "epochs": 7,
         "lr": 0.2,

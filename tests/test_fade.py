@@ -1,4 +1,4 @@
-"""Fade: what a plan removes shrinks linearly to exact zero, with all that removal takes, and nothing else moves."""
+"""Fade: what a plan removes shrinks linearly to exact zero with all that goes along; nothing else moves."""
 
 import copy
 import logging
@@ -13,8 +13,7 @@ import efreg
 
 
 class Net(nn.Module):
-    """A residual stream that two layers write, a depthwise convolution, biases, and SiLU, which passes gradients
-    on at zero."""
+    """A stream that two layers write, a depthwise convolution, biases; SiLU has a slope at zero."""
 
     def __init__(self):
         super().__init__()

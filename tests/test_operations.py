@@ -180,7 +180,7 @@ def test_layouts_of_weight_and_gradient(backend, weight_layout, grad_layout, sha
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_pull(backend, dtype, shape, direction):
-    """g + scale · c_n · sgn(w), or scale · c_n · w/‖w‖₂, in the accumulator and rounded once; or a share less."""
+    """g + scale · c_n · sgn(w), or c_n · w/‖w‖₂, or a share less, in the accumulator and rounded once."""
     weight, grad = (torch.randn(shape, dtype=torch.float64).to(dtype) for _ in range(2))
     c = torch.rand(shape[0]).to(accumulator(dtype))
     w, t = weight.double().flatten(1), 3.0 * c.double()[:, None]
@@ -200,7 +200,7 @@ def test_pull(backend, dtype, shape, direction):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_shrink(backend, dtype, shape, direction):
-    """sgn(w) · max(|w| − scale · c_n, 0), or w · max(1 − scale · c_n/‖w‖₂, 0), or w · max(1 − scale · c_n, 0)."""
+    """sgn(w) · max(|w| − t, 0), w · max(1 − t/‖w‖₂, 0), or w · max(1 − t, 0), at t = scale · c_n."""
     weight = torch.randn(shape, dtype=torch.float64).to(dtype)
     c = torch.rand(shape[0]).to(accumulator(dtype))
     w, t = weight.double().flatten(1), 0.7 * c.double()[:, None]

@@ -32,6 +32,7 @@ from efreg.lab.paper import (
     unaided,
 )
 from efreg.lab.paper.cuts import Job, Outcome
+from efreg.lab.paper.studies import scope_of
 from efreg.lab.sweep import pruned
 
 MINE = """
@@ -169,7 +170,7 @@ def test_recipes_of_the_tables_are_the_papers(name, alpha, batch_size, epochs, t
     assert {(s.alpha, s.batch_size, s.epochs, s.weight_decay, s.schedule) for s in found} == {
         (alpha, batch_size, epochs, 5e-4, "p1")
     }
-    assert {(s.refresh, s.scope) for s in found} == BOTH
+    assert {(s.refresh, scope_of(s)) for s in found} == BOTH
     assert "ladder:power=4" in {r.settings.law for r in group.recipes}
     assert len(group.cuts) == cuts
     tuned = {
@@ -196,9 +197,9 @@ def test_recipes_without_fine_tuning_are_the_papers(name, alphas, batch_size):
     assert {(s.batch_size, s.epochs, s.weight_decay, s.schedule) for s in found} == {
         (batch_size, 200, 0, "p1")
     }
-    assert {(s.refresh, s.scope) for s in found} == BOTH
+    assert {(s.refresh, scope_of(s)) for s in found} == BOTH
     assert (1e-2, "weights", "gradient") in {
-        (r.settings.alpha, r.settings.scope, r.settings.update)
+        (r.settings.alpha, r.settings.scope or "weights", r.settings.update or "gradient")
         for r in group.recipes
         if r.settings.law == "l1"
     }
@@ -392,6 +393,10 @@ CALLED = {
     "L1": "L1",
     "electrostatic, once": "electrostatic, once",
     "electrostatic, each step": "electrostatic, each step",
+    "fade, forgetting": "fade, forgetting",
+    "fade": "fade",
+    "nested and ladder": "nested, ladder",
+    "nested": "nested",
 }
 """How the names of runs begin, and the forces of the trade-offs that they are drawn as."""
 
@@ -403,7 +408,8 @@ def test_a_line_shows_force_and_scope_that_its_run_is_named_after(group):
     for name, look in looks.items():
         force = next((CALLED[start] for start in CALLED if name.startswith(start)), "no force")
         assert look.color == figures.COLORS[force]
-        assert look.marker == figures.MARKERS["filter" if ", filter" in name else "weights"]
+        whole = ", filter" in name or name.startswith("fade")
+        assert look.marker == figures.MARKERS["filter" if whole else "weights"]
 
 
 def test_of_a_force_the_strongest_is_solid():

@@ -262,7 +262,8 @@ void pull_filter(const Row& row, int64_t n, acc_of<scalar_t> c, int64_t along) {
   using acc_t = acc_of<scalar_t>;
   if (c == 0) return;
   if (along == kShare) return update_filter<scalar_t>(row, n, [c](acc_t g, acc_t) { return without(g, c); });
-  if (along == kSign) return update_filter<scalar_t>(row, n, [c](acc_t g, acc_t w) { return g + c * sgn(w); });
+  if (along == kSign)
+    return update_filter<scalar_t>(row, n, [c](acc_t g, acc_t w) { return g + c * sgn(w); });
   const auto norm = norm_of(filter<scalar_t>(row.weight, n, row.size), row.size);
   if (norm > 0 && std::isfinite(norm))
     update_filter<scalar_t>(row, n, [f = c / norm](acc_t g, acc_t w) { return g + f * w; });

@@ -87,10 +87,18 @@ def _train_options(parser: ArgumentParser) -> None:
     add("--law", help="as `efreg laws` lists them, such as ladder:power=4 (electrostatic)")
     add("--alpha", type=float, help="strength of the force; 0 trains without (0)")
     add("--alpha-schedule", help="constant, warmup, linear or cosine, the latter two to zero (constant)")
-    add("--alpha-until", type=float, metavar="SHARE", help="share of the training that it takes (1)")
-    add("--scope", help="weights, or filter: with bias and the norm's scale and shift (weights)")
+    add(
+        "--alpha-until",
+        type=float,
+        metavar="SHARE",
+        help="share of the training that it lasts, or a fade (1)",
+    )
+    add("--scope", help="weights, or filter: with bias and the norm's scale and shift (the law's)")
     add("--refresh", type=int, metavar="K", help="take the charges every K steps (once)")
-    add("--update", help="gradient or proximal (gradient)")
+    add("--update", help="gradient or proximal (the law's)")
+    add("--coupled", action="store_true", help="act on all groups, residual streams among them")
+    add("--nested", nargs="+", type=float, default=(), metavar="RATIO", help="hide these shares in turns")
+    add("--distil", metavar="FILE", help="weights of a whole network, which teaches")
     add("--backend", help="auto, cpp, triton, cuda or reference (auto)")
     what = "layers that the force acts on: those that lose filters at this"
     add("--ratio", help=f"{what} uniform ratio, such as 0.5")

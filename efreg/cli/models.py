@@ -5,8 +5,8 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,15 @@ DEFAULT_SHAPE = (3, 224, 224)
 
 @dataclass(frozen=True)
 class Subject:
-    """A network and inputs for it; trained: whether it is from a checkpoint of `efreg train`."""
+    """A network and inputs for it.
+
+    trained: whether it is from a checkpoint of `efreg train`; planning: then how its units are planned.
+    """
 
     model: nn.Module
     inputs: Tensor | tuple[Tensor, ...]
     trained: bool = False
+    planning: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def one_input(self) -> Any:
@@ -79,7 +83,7 @@ def _of_checkpoint(path: Path, weights: Path | None, shapes: Sequence | None) ->
     if weights or shapes:
         raise ValueError(f"{path} brings its weights and its inputs' shape along: drop --weights and --input")
     checkpoint = checkpoints.load(path)
-    return Subject(engine.restore(checkpoint), checkpoint.example(), trained=True)
+    return Subject(engine.restore(checkpoint), checkpoint.example(), True, engine.ranked(checkpoint))
 
 
 def _torchvision(name: str) -> nn.Module:

@@ -59,10 +59,13 @@ def _subject(arguments: Namespace) -> Subject:
 
 
 def _planned(arguments: Namespace, given: Subject) -> efreg.Plan:
-    """The plan that was asked for; a ratio is the papers' for a network that `efreg train` wrote."""
+    """The plan that was asked for; of a network that `efreg train` wrote, as its settings have it."""
     options = {name: getattr(arguments, name) for name in PLANNING}
-    papers = options.pop("uncoupled") or (given.trained and not arguments.dead)
-    return efreg.plan(given.model, **options, coupled=not papers, example_inputs=given.inputs)
+    own = {} if arguments.dead else dict(given.planning)
+    uncoupled = options.pop("uncoupled")
+    coupled = own.pop("coupled", True) and not uncoupled
+    options |= {name: value for name, value in own.items() if options[name] == PLANNING[name]}
+    return efreg.plan(given.model, **options, coupled=coupled, example_inputs=given.inputs)
 
 
 def _saved_plan(arguments: Namespace) -> efreg.Plan:

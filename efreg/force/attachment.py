@@ -41,18 +41,19 @@ def attach(
     zeros). Works with gradient accumulation, GradScaler, clipping, closures, DDP and `torch.compile`. An
     optimizer that divides gradients by their size, as Adam does, undoes a pull on them: take "proximal".
 
-    alpha: the strength α ≥ 0, with a law's name; an instance has its own, and `efreg.Fade` none. A function of the step makes it a
-        schedule (efreg.schedules has some); it is called with the steps that a weight was served before, and
-        must not hold the model. A 0-dim tensor is read at every step, on an accelerator without waiting.
+    alpha: the strength α ≥ 0, with a law's name; an instance has its own, and `efreg.Fade` none. A function
+        of the step makes it a schedule (efreg.schedules has some); it is called with the steps that a weight
+        was served before, and must not hold the model. A 0-dim tensor is read at every step, on an
+        accelerator without waiting.
     law: a name that `efreg laws` lists, with parameters if need be ("ladder:power=4"), a class of your own as
         "package.module.Class", or an instance: `efreg.Ladder(1e-2, power=2)`.
     layers: None (every ungrouped convolution), a plan (its groups), or names, glob patterns and modules;
         linear layers and transposed convolutions when named.
-    scope: "weights" pulls the weights that write a unit, as the paper does, and is what every law but
-        `efreg.Fade` does where nothing is said; "filter" all that removal takes from it, each number with the unit's own coefficient: weights, biases, scales and shifts of norms,
+    scope: "weights" pulls the weights that write a unit, as the paper does; "filter" all that removal takes
+        from it, each number with the unit's own coefficient: weights, biases, scales and shifts of norms,
         depthwise weights. It needs a plan made with example_inputs. A unit has one charge, of all weights
-        that write it, in both.
-    update: "gradient" where nothing is said, "proximal" for `efreg.Fade`.
+        that write it, in both. Where nothing is said the law decides: "weights", for `efreg.Fade` "filter".
+    update: where nothing is said "gradient", for `efreg.Fade` "proximal".
     refresh: None takes the charges once, at the first step; k takes them anew every k optimizer steps.
     max_coefficient: none is larger, whatever the law says.
     check: "warn" says once where a step of the force is larger than the mean |w| of what it pulls; None does

@@ -97,8 +97,9 @@ class Law:
     along w/‖w_n‖₂, "share" takes the share c_n of a number), `sign` ("count" or "sum", how a unit's sign is
     taken), `needs_norm` and `needs_plan` (for `charges.planned`); one that keeps something from step to step
     gives `begin`. `scope` and `update` are those of `attach` where it is told none; `paced` says whether a
-    proximal step is lr · c_n, as a penalty's is, or c_n. The method sees all groups of a model at once, so that a dozen
-    small operations serve any number of layers. Index with `gather`: `m[m.argmax()]` cannot be compiled.
+    proximal step is lr · c_n, as a penalty's is, or c_n. `coefficients` sees all groups of a model at once,
+    so that a dozen small operations serve any number of layers. Index with `gather`: `m[m.argmax()]` cannot
+    be compiled.
 
     alpha: the strength α ≥ 0: a number, a 0-dim tensor, or a function of the step (efreg.schedules has some),
         which is called once here, with 0. Where it is no number the coefficients must be proportional to it:

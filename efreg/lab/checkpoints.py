@@ -19,9 +19,11 @@ class Settings:
 
     lr None is the schedule's own; ratio, ratios and skip name the layers that the force acts on. law may have
     parameters, as in "ladder:power=4". alpha follows alpha_schedule over the share alpha_until of the
-    training. held_out training images are not trained on and take the place of the test images. step is how a
-    step is carried out.
-    batch_size counts the images of all processes together.
+    training, which is how long a fade lasts, too. scope and update None are the law's own. coupled: whether
+    it acts on all groups, or on convolutions that one layer reads. nested: the ratios of which one hides
+    units at each step. distil: a file of weights of the whole network, which teaches.
+    held_out training images are not trained on and take the place of the test images. step is how a step is
+    carried out. batch_size counts the images of all processes together.
     """
 
     dataset: str = "digits"
@@ -30,9 +32,12 @@ class Settings:
     alpha: float = 0.0
     alpha_schedule: str = "constant"
     alpha_until: float = 1.0
-    scope: str = "weights"
+    scope: str | None = None
     refresh: int | None = None
-    update: str = "gradient"
+    update: str | None = None
+    coupled: bool = False
+    nested: tuple[float, ...] = ()
+    distil: str | None = None
     backend: str = "auto"
     ratio: float | None = None
     ratios: str | None = None
@@ -57,7 +62,7 @@ class Checkpoint:
     """A training run after `epoch` epochs: enough to go on to the same bits, or to rebuild the model alone.
 
     shape: of an input, [C, H, W]. history: one row an epoch, as in log.csv. `weights` is the model's state
-    dict; `optimizer` and `force` are those of the optimizer and the attachment.
+    dict; `optimizer`, `force` and `nesting` are those of the optimizer, the attachment and the widths.
     """
 
     settings: Settings
@@ -68,6 +73,7 @@ class Checkpoint:
     history: list[dict[str, float]] = field(default_factory=list)
     optimizer: dict[str, Any] = field(default_factory=dict)
     force: dict[str, Any] = field(default_factory=dict)
+    nesting: dict[str, Any] = field(default_factory=dict)
 
     def example(self) -> Tensor:
         """A random input of two images."""

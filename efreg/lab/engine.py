@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,6 @@ class Run:
         self.dtype = dtype_of(settings.precision, self.device)
         _warn_if_slow(self.dtype, self.device)
         _check_parts(settings)
-        self._step = step_of(settings, self.device)
         self.history: list[Row] = list(checkpoint.history) if checkpoint else []
         info = data.info(settings.dataset, settings.data)
         weights = _first_weights(settings, checkpoint)
@@ -93,15 +93,19 @@ class Run:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.example = _example(info.shape).to(self.device)
         self.plan = plan(self.model, settings, self.example)
-        self._attach(steps=1).detach()  # what cannot be attached is refused before anything is fetched
+        self._step = step_of(settings, self.device, teacher(settings, info.num_classes, info.shape))
+        self._rehearse()
         self.data = self._load(download)
         self.force = self._attach(settings.epochs * steps_per_epoch(self.data.train, settings))
         self.optimizer = sgd(self.model, settings)
+        self.nesting = nesting(self.model, self.plan, settings)
         self._replica = distributed.replicated(self.model)
         self._remains = _Remains(self.model, self.plan, self.example)
         if checkpoint and checkpoint.epoch:
             self.optimizer.load_state_dict(checkpoint.optimizer)
             self.force.load_state_dict(checkpoint.force)
+            if self.nesting:
+                self.nesting.load_state_dict(checkpoint.nesting)
 
     def _load(self, download: bool) -> data.Data:
         settings = self.settings
@@ -111,6 +115,11 @@ class Run:
             images = data.hold_out(images, settings.held_out)
         _check_last_batch(len(images.train), settings)
         return data.share(images, data.Part(distributed.rank(), distributed.world_size()))
+
+    def _rehearse(self) -> None:
+        """What cannot be attached is refused before anything is fetched."""
+        with self._attach(steps=1) as force:
+            force.pull()  # charges are taken; there are no gradients to pull
 
     def _attach(self, steps: int) -> efreg.Attachment:
         options = force_options(self.settings, steps)
@@ -132,6 +141,7 @@ class Run:
             self.history,
             self.optimizer.state_dict(),
             self.force.state_dict(),
+            self.nesting.state_dict() if self.nesting else {},
         )
 
     def epochs(self, tick: Callable[[], None] = lambda: None) -> Iterator[Row]:
@@ -193,19 +203,67 @@ def restore(checkpoint: Checkpoint) -> nn.Module:
 def plan(model: nn.Module, settings: Settings, example: Tensor) -> efreg.Plan:
     """The plan that the settings describe: at ratio 0.5 where they name neither a ratio nor a list."""
     ratio = 0.5 if settings.ratio is None and settings.ratios is None else settings.ratio
-    return efreg.plan(
-        model, settings.ratios, ratio=ratio, coupled=False, skip=settings.skip, example_inputs=example
-    )
+    return efreg.plan(model, settings.ratios, ratio=ratio, **planning(settings), example_inputs=example)
+
+
+def planning(settings: Settings) -> dict[str, Any]:
+    """What `efreg.plan` is told beside ratios: which groups a network of these settings has."""
+    return {"coupled": settings.coupled, "skip": settings.skip}
+
+
+def cutting(settings: Settings, num_classes: int, shape: tuple[int, ...]) -> dict[str, Any]:
+    """What `efreg.plan` is told to cut a network that was trained so: nested units as they were ranked."""
+    told = planning(settings)
+    if not settings.nested:
+        return told
+    weights = checkpoints.load_weights(settings.weights) if settings.weights else None
+    first = build(settings, num_classes, shape, weights)
+    with nesting(first, plan(first, settings, _example(shape)), settings) as widths:
+        return {**told, "importance": widths.importance}
+
+
+def ranked(checkpoint: Checkpoint) -> dict[str, Any]:
+    """As `cutting`, from a checkpoint, which holds the ranking."""
+    told, kept = planning(checkpoint.settings), checkpoint.nesting.get("importance")
+    return {**told, "importance": lambda group: kept[group.name]} if kept else told
+
+
+def teacher(settings: Settings, num_classes: int, shape: tuple[int, ...]) -> nn.Module | None:
+    """The network that teaches, in eval mode, where there is one.
+
+    Raises ValueError for weights that are not of the settings' model and data.
+    """
+    if settings.distil is None:
+        return None
+    weights = checkpoints.load_weights(settings.distil)
+    whole = build(settings, num_classes, shape, weights).to(device_named(settings.device))
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    return whole.to(memory_format=layout).eval().requires_grad_(False)
+
+
+def nesting(model: nn.Module, plan: efreg.Plan, settings: Settings) -> efreg.Nesting | None:
+    """The widths that are drawn, where the settings name some."""
+    return efreg.nested(model, plan, settings.nested, seed=settings.seed) if settings.nested else None
 
 
 def force_options(settings: Settings, steps: int) -> dict[str, Any]:
     """What `efreg.attach` is given, beside model and layers, for a training of so many steps."""
+    until = max(1, round(settings.alpha_until * steps))
     alpha = settings.alpha
     if settings.alpha_schedule != "constant":
-        until = max(1, round(settings.alpha_until * steps))
         alpha = ALPHA_SCHEDULES[settings.alpha_schedule](alpha, until)
-    law = efreg.resolve(settings.law, alpha)
+    law = _fade(settings, until) if fades(settings) else efreg.resolve(settings.law, alpha)
     return {"law": law, "scope": settings.scope, "refresh": settings.refresh, "update": settings.update}
+
+
+def fades(settings: Settings) -> bool:
+    """Whether the force is a fade, which has steps instead of an α."""
+    return settings.law.partition(":")[0] == "fade"
+
+
+def _fade(settings: Settings, steps: int) -> efreg.Law:
+    told = settings.law if ":" in settings.law else f"{settings.law}:"
+    return efreg.resolve(f"{told},steps={steps}", settings.alpha or None)
 
 
 def sgd(model: nn.Module, settings: Settings) -> torch.optim.SGD:
@@ -236,6 +294,28 @@ def loss_of(model: nn.Module, inputs: Tensor, labels: Tensor, dtype: torch.dtype
     return F.cross_entropy(logits, labels), logits
 
 
+@dataclass(frozen=True)
+class Distilled:
+    """`loss_of` with a teacher: 0.1 · cross-entropy + 0.9 · T² · KL(teacher ‖ model) of logits divided by T.
+
+    (Hinton et al., 2015, arXiv 1503.02531; the weights are those that are usual on CIFAR.)
+    """
+
+    teacher: nn.Module
+    temperature: float = 4.0
+    share: float = 0.9
+
+    def __call__(
+        self, model: nn.Module, inputs: Tensor, labels: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        loss, logits = loss_of(model, inputs, labels, dtype)
+        with torch.no_grad(), computing(dtype, inputs.device):
+            taught = _full(self.teacher(inputs))
+        soft, target = (F.log_softmax(x / self.temperature, 1) for x in (logits, taught))
+        far = F.kl_div(soft, target, log_target=True, reduction="batchmean") * self.temperature**2
+        return (1 - self.share) * loss + self.share * far, logits
+
+
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -257,15 +337,18 @@ def train_step(
     return logits.detach()
 
 
-def step_of(settings: Settings, device: torch.device) -> Step:
+def step_of(settings: Settings, device: torch.device, teacher: nn.Module | None = None) -> Step:
     """What takes a step in the way that the settings name. Raises ValueError where it cannot be had."""
+    forward = Distilled(teacher) if teacher else loss_of
     if settings.step == "compile":
         alone = distributed.world_size() == 1  # DistributedDataParallel breaks the graph in two
-        return partial(train_step, forward=torch.compile(loss_of, dynamic=False, fullgraph=alone))
+        whole = alone and not settings.nested
+        return partial(train_step, forward=torch.compile(forward, dynamic=False, fullgraph=whole))
+    step = partial(train_step, forward=forward) if teacher else train_step
     if settings.step == "graph":
         _check_graph(settings, device)
-        return GraphedStep(train_step, settings.batch_size)
-    return train_step
+        return GraphedStep(step, settings.batch_size)
+    return step
 
 
 def train_epoch(
@@ -410,13 +493,13 @@ def check(settings: Settings) -> None:
     """Raises ValueError or FileNotFoundError, naming it, for a setting that no training can have."""
     if settings.schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {settings.schedule!r}: there are {', '.join(SCHEDULES)}")
-    efreg.resolve(settings.law, settings.alpha)
+    force_options(replace(settings, alpha_schedule="constant"), steps=1)
     if settings.alpha_schedule not in ("constant", *ALPHA_SCHEDULES):
         known = ", ".join(("constant", *ALPHA_SCHEDULES))
         raise ValueError(f"unknown schedule of alpha {settings.alpha_schedule!r}: there are {known}")
     if not 0 < settings.alpha_until <= 1:
         raise ValueError(f"alpha_until is {settings.alpha_until}: it is a share of the training, in (0, 1]")
-    if settings.alpha_until < 1 and settings.alpha_schedule == "constant":
+    if settings.alpha_until < 1 and settings.alpha_schedule == "constant" and not fades(settings):
         raise ValueError("a constant alpha has no end: name an --alpha-schedule, or drop --alpha-until")
     if settings.precision not in PRECISIONS:
         raise ValueError(f"unknown precision {settings.precision!r}: there are {', '.join(PRECISIONS)}")
@@ -427,8 +510,9 @@ def check(settings: Settings) -> None:
             raise ValueError(f"{name} is {getattr(settings, name)}: it must be at least 1")
     if settings.seed < 0:
         raise ValueError(f"seed is {settings.seed}: it must not be negative")
-    if settings.weights is not None and not Path(settings.weights).is_file():
-        raise FileNotFoundError(f"no file {settings.weights}: --weights names a file of weights")
+    for option in ("weights", "distil"):
+        if (named := getattr(settings, option)) is not None and not Path(named).is_file():
+            raise FileNotFoundError(f"no file {named}: --{option} names a file of weights")
 
 
 def _check_parts(settings: Settings) -> None:
@@ -458,6 +542,8 @@ def _check_graph(settings: Settings, device: torch.device) -> None:
         (f"{distributed.world_size()} processes", distributed.world_size() == 1),
         (f"--refresh {settings.refresh}", settings.refresh in (None, 1)),
         (f"--alpha-schedule {settings.alpha_schedule}", settings.alpha_schedule == "constant"),
+        ("--law fade", not fades(settings)),
+        ("--nested", not settings.nested),
     ):
         if not fits:
             raise ValueError(f"a CUDA graph cannot be had with {found}: use --step compile or eager")

@@ -116,13 +116,17 @@ COLORS = {
     "electrostatic, each step": "#5aa0d6",
     "ladder": "#16836b",
     "ladder, p = 4": "#7a4fa3",
+    "fade": "#b5283c",
+    "fade, forgetting": "#e07b8a",
+    "nested": "#4d7c0f",
+    "nested, ladder": "#9ac24c",
 }
-"""Of each force wherever it is drawn."""
+"""Of each force wherever it is drawn; one of the user's own is grey."""
 
 
 def look_of(force: str, scope: str = "weights", style: str = "-") -> Look:
     """Of a force its colour, of the whole filter a thicker line."""
-    return Look(COLORS[force], style, MARKERS[scope], 2.6 if scope == "filter" else 1.6)
+    return Look(COLORS.get(force, MUTED), style, MARKERS[scope], 2.6 if scope == "filter" else 1.6)
 
 
 def draw_trade(path: str | Path, points: Sequence[Point], title: str, subtitle: str) -> None:

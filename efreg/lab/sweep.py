@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich import box
@@ -18,6 +19,12 @@ from efreg.lab.logs import progress, write_csv
 
 RATIOS = tuple(tenth / 10 for tenth in range(10))
 """0 to 90 %."""
+
+Planning = Mapping[str, Any]
+"""What `efreg.plan` is told beside a ratio."""
+
+PAPERS: Planning = {"coupled": False}
+"""The papers' way: convolutions that one layer reads, ranked by their magnitudes."""
 
 STATISTICS_BATCHES = 40
 """Batch-norm statistics are re-estimated on as many batches of 250 training images at most, cropped and
@@ -42,7 +49,7 @@ def sweep(
     model: nn.Module,
     images: data.Data,
     *,
-    skip: Sequence[str] = (),
+    planning: Planning = PAPERS,
     ratios: Iterable[float | str] = RATIOS,
     dtype: torch.dtype = torch.float32,
     tick: Callable[[], None] = lambda: None,
@@ -53,15 +60,15 @@ def sweep(
     """
     cuts = []
     for ratio in ratios:
-        cuts.append(_cut(model, images, ratio, skip, dtype))
+        cuts.append(_cut(model, images, ratio, planning, dtype))
         tick()
     return cuts
 
 
-def pruned(model: nn.Module, ratio: float | str, example: Tensor, skip: Sequence[str] = ()) -> nn.Module:
-    """The model without these filters of each layer; itself it stays as it was."""
+def pruned(model: nn.Module, ratio: float | str, example: Tensor, planning: Planning = PAPERS) -> nn.Module:
+    """The model without this share of each group; itself it stays as it was."""
     asked = {"ratios" if isinstance(ratio, str) else "ratio": ratio}
-    plan = efreg.plan(model, **asked, coupled=False, skip=skip, example_inputs=example)
+    plan = efreg.plan(model, **asked, **planning, example_inputs=example)
     return efreg.prune(model, plan, example_inputs=example)
 
 
@@ -119,7 +126,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     with progress(console) as bar:
         task = bar.add_task("pruning", total=len(RATIOS), note="")
-        cuts = sweep(model, images, skip=settings.skip, tick=lambda: bar.advance(task))
+        cuts = sweep(model, images, planning=engine.ranked(trained), tick=lambda: bar.advance(task))
     write_csv(out / "sweep.csv", rows(cuts))
     _draw(out / "sweep.png", cuts, settings)
     console.print(accuracy_table({settings.model: cuts}))
@@ -133,7 +140,8 @@ def _draw(path: Path, cuts: Sequence[Cut], settings: Settings) -> None:
         figures.Curve("right after pruning", removed, [cut.accuracy for cut in cuts]),
         figures.Curve("statistics re-estimated", removed, [cut.recalibrated for cut in cuts]),
     ]
-    force = f"{settings.law}, α = {settings.alpha:g}" if settings.alpha else "no force"
+    strength = f"{settings.law}, α = {settings.alpha:g}" if settings.alpha else "no force"
+    force = settings.law if engine.fades(settings) else strength
     figures.draw_panels(
         path,
         [figures.Panel(settings.model, figures.REMOVED, curves)],
@@ -143,10 +151,10 @@ def _draw(path: Path, cuts: Sequence[Cut], settings: Settings) -> None:
 
 
 def _cut(
-    model: nn.Module, images: data.Data, ratio: float | str, skip: Sequence[str], dtype: torch.dtype
+    model: nn.Module, images: data.Data, ratio: float | str, planning: Planning, dtype: torch.dtype
 ) -> Cut:
     example = next(images.test.batches(2))[0]
-    small = pruned(model, ratio, example, skip)
+    small = pruned(model, ratio, example, planning)
     accuracy = engine.evaluate(small, images.test, dtype=dtype)[1]
     macs = efreg.macs(small, example[:1])
     with engine.computing(dtype, example.device):

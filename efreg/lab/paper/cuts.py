@@ -171,7 +171,8 @@ def _measure(job: Job, say: Say, tick: runs.Tick) -> list[Outcome]:
     part = data.Part(distributed.rank(), distributed.world_size())
     images = images._replace(test=images.test.share(part))
     ratios = dict.fromkeys((0.0, *job.group.cuts))
-    found = sweep(network, images, skip=job.settings.skip, ratios=ratios, dtype=_dtype(job.settings))
+    planning = engine.cutting(job.settings, images.info.num_classes, images.info.shape)
+    found = sweep(network, images, planning=planning, ratios=ratios, dtype=_dtype(job.settings))
     at = {cut.ratio: cut for cut in found}
     return [
         _outcome(job, at[0.0], at[ratio], _fine_tuned(job, network, ratio, images, say, tick))
@@ -206,7 +207,8 @@ def _fine_tuned(
     settings = replace(job.recipe.fine_tune, weights=str(narrow), seed=job.seed)
     tuned = narrow.with_name(f"{narrow.stem}-{runs.digest(settings)}.safetensors")
     example = next(images.test.batches(2))[0]
-    runs.once(narrow, lambda: efreg.save(pruned(network, ratio, example, job.settings.skip), narrow))
+    planning = engine.cutting(job.settings, images.info.num_classes, images.info.shape)
+    runs.once(narrow, lambda: efreg.save(pruned(network, ratio, example, planning), narrow))
     try:
         runs.keep_network(settings, tuned, tick)
     except engine.Diverged as error:

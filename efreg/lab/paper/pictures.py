@@ -12,7 +12,7 @@ from efreg.lab.paper import cuts, markdown, runs
 from efreg.lab.paper.curves import SHOWN, Point
 from efreg.lab.paper.cuts import Job, Say
 from efreg.lab.paper.recipes import Group, Recipe
-from efreg.lab.paper.studies import force_of
+from efreg.lab.paper.studies import force_of, scope_of
 
 LAYERS = 2
 """Figure 3 shows as many, the first that the force acts on."""
@@ -46,7 +46,8 @@ def looks_of(group: Group) -> dict[str, figures.Look]:
     """Of each run the colour of its force, the mark of what that pulls; the strongest of a kind is solid."""
     kinds: dict[tuple[str, str], list[Recipe]] = {}
     for recipe in sorted(group.recipes, key=lambda recipe: -recipe.settings.alpha):
-        kinds.setdefault((force_of(recipe.settings).name, recipe.settings.scope), []).append(recipe)
+        kind = force_of(recipe.settings).name, scope_of(recipe.settings)
+        kinds.setdefault(kind, []).append(recipe)
     return {
         recipe.name: figures.look_of(force, scope, style)
         for (force, scope), recipes in kinds.items()

@@ -26,6 +26,9 @@ WHAT = (*FINE_TUNING, "no-finetuning", "figure2", "figure3")
 SETTINGS = {f.name: f.type for f in fields(Settings) if f.name not in ("data", "device", "seed", "weights")}
 """The settings that a recipe can have; the others are said where it is run."""
 
+LISTS = ("skip", "nested")
+"""Those that are lists."""
+
 NETWORK = ("model", "dataset")
 """The settings that are the group's alone."""
 
@@ -163,9 +166,9 @@ def _settings(told: dict[str, Any]) -> Settings:
     if unknown := told.keys() - SETTINGS.keys():
         known = ", ".join(sorted(SETTINGS))
         raise ValueError(f"unknown setting {', '.join(sorted(unknown))}: there are {known}")
-    told = {**told, "skip": tuple(_typed(told.get("skip", []), list, "skip"))}
+    told = {**told, **{name: tuple(_typed(told[name], list, name)) for name in LISTS if name in told}}
     for name, value in told.items():
-        if name != "skip":
+        if name not in LISTS:
             _typed(value, SETTINGS[name], name)
     settings = Settings(**told)
     engine.check(replace(settings, epochs=max(1, settings.epochs)))
@@ -216,11 +219,15 @@ def rehearse(group: Group) -> None:
         for cut in group.cuts:
             with _naming(f"cut {cut!r}"):
                 asked = {"ratios" if isinstance(cut, str) else "ratio": cut}
-                efreg.plan(network, **asked, coupled=False, skip=group.base.skip, example_inputs=example)
+                efreg.plan(network, **asked, **engine.planning(group.base), example_inputs=example)
         plans = {}
         for recipe in group.recipes:
             with _naming(f"run {recipe.name!r}"):
-                asked = recipe.settings.ratio, recipe.settings.ratios, recipe.settings.skip
+                asked = (
+                    recipe.settings.ratio,
+                    recipe.settings.ratios,
+                    *engine.planning(recipe.settings).values(),
+                )
                 if asked not in plans:
                     plans[asked] = engine.plan(network, recipe.settings, example)
                 options = engine.force_options(recipe.settings, steps=1)

@@ -10,7 +10,7 @@ import efreg
 from efreg.lab import models
 from efreg.lab.paper import markdown
 from efreg.lab.paper.published import SPEEDUPS
-from efreg.lab.sweep import pruned
+from efreg.lab.sweep import PAPERS, pruned
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def measure(network: Network) -> list[Size]:
     whole = efreg.macs(model, example[:1])
     found = []
     for ratio, published in {0.0: nan, **SPEEDUPS[network.title]}.items():
-        left = pruned(model, ratio, example, network.skip)
+        left = pruned(model, ratio, example, {**PAPERS, "skip": network.skip})
         macs, parameters = efreg.macs(left, example[:1]), sum(p.numel() for p in left.parameters())
         found.append(Size(network.title, str(ratio), macs, parameters, whole / macs, published))
     return found

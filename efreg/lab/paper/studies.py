@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from efreg.lab import engine
 from efreg.lab.checkpoints import Settings
 
 
@@ -22,14 +23,26 @@ ONCE = Force("electrostatic, once", {"law": "electrostatic"})
 EACH_STEP = Force("electrostatic, each step", {"law": "electrostatic", "refresh": 1})
 LADDER = Force("ladder", {"law": "ladder"})
 LADDER_4 = Force("ladder, p = 4", {"law": "ladder:power=4"})
+NESTED = Force("nested")
+FADE = Force("fade", {"law": "fade"})
+FORGETTING = Force("fade, forgetting", {"law": "fade:forget=true"})
 
 
 def force_of(settings: Settings) -> Force:
-    """The force that a network is trained with."""
-    if settings.alpha == 0 or settings.epochs == 0:
+    """The force that a network is trained with, and whether its units are nested."""
+    if settings.nested:
+        beside = force_of(replace(settings, nested=()))
+        return NESTED if beside is NO_FORCE else Force(f"nested, {beside.name.partition(',')[0]}")
+    if settings.epochs == 0 or (settings.alpha == 0 and not engine.fades(settings)):
         return NO_FORCE
-    kinds = (LADDER_4, LADDER, EACH_STEP, ONCE, GROUP_LASSO, L1)
-    return next(kind for kind in kinds if kind.settings.items() <= vars(settings).items())
+    kinds = (FADE, FORGETTING, LADDER_4, LADDER, EACH_STEP, ONCE, GROUP_LASSO, L1)
+    own = Force(settings.law)
+    return next((kind for kind in kinds if kind.settings.items() <= vars(settings).items()), own)
+
+
+def scope_of(settings: Settings) -> str:
+    """What the force pulls that a network is trained with."""
+    return settings.scope or engine.force_options(settings, steps=1)["law"].scope
 
 
 @dataclass(frozen=True)
