@@ -173,3 +173,24 @@ def test_hook_on_the_whole_filter(side_by_side, network, refresh):
     }
     what = "hook on the plan's layers, charges " + ("fresh" if refresh else "kept")
     side_by_side(what, name, functions, relative_to="cpp, weights", rounds=4 * rounds)
+
+
+def test_fade_beside_the_ladder(side_by_side, network):
+    """Proximal steps on whole filters: a fade under way, one that is over, and the ladder."""
+    name, model, _, rounds = network
+    plan = efreg.plan(model, SCOPED[name], example_inputs=torch.randn(2, 3, 32, 32))
+    laws = {"ladder": efreg.Ladder(1e-9), "fade": efreg.Fade(10**9), "fade, over": efreg.Fade(1)}
+    functions = {f"cpp, {called}": proximal(model, plan, law) for called, law in laws.items()}
+    side_by_side("proximal step, kept", name, functions, relative_to="cpp, ladder", rounds=4 * rounds)
+
+
+def proximal(model, plan, law):
+    """All that an optimizer's step calls in efreg."""
+    force = efreg.attach(model, law=law, layers=plan, scope="filter", update="proximal", backend="cpp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+
+    def call():
+        force._serving.before_step(optimizer, (optimizer,), {}, step=0, outermost=True)
+        force._serving.after_step(optimizer, 0)
+
+    return call

@@ -59,6 +59,21 @@ def test_training_step(side_by_side, name, refresh):
     side_by_side(what, name, functions, relative_to="without the force", rounds=rounds)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_nested_step(side_by_side, name):
+    """Every step hides the units behind a width; what is computed stays as large."""
+    torch.manual_seed(0)
+    torch.set_flush_denormal(True)
+    build, batch, rounds = NETWORKS[name]
+    without = build()
+    model = copy.deepcopy(without)
+    plan = efreg.plan(model, SCOPED[name], example_inputs=torch.randn(2, 3, 32, 32))
+    widths = efreg.nested(model, plan, (0, 0.3, 0.5, 0.7))
+    functions = {"whole": step(without, batch), "nested": step(model, batch)}
+    side_by_side("training step, nested", name, functions, relative_to="whole", rounds=2 * rounds)
+    widths.detach()
+
+
 def test_loader(side_by_side):
     """A batch cropped, flipped and normalised as in training, beside the step that takes it."""
     torch.manual_seed(0)

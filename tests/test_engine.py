@@ -1,5 +1,6 @@
 """The training engine: schedules, logs, checkpoints, and runs that go on to the same bits after a kill."""
 
+import copy
 import csv
 import errno
 import io
@@ -188,6 +189,69 @@ def test_the_log_counts_dead_filters_and_the_macs_without_them():
     assert rows[-1]["macs"] == efreg.macs(small, example[:1]) < efreg.macs(run.model, example[:1])
     assert rows[0]["dead"] <= rows[-1]["dead"] and rows[0]["macs"] >= rows[-1]["macs"]
     assert engine.evaluate(small, run.data.test)[1] == engine.evaluate(run.model, run.data.test)[1]
+
+
+FADE = {"law": "fade", "alpha": 0.0, "alpha_until": 0.5, "ratio": 0.7}
+NESTED = {"alpha": 0.0, "nested": (0, 0.5, 0.7)}
+
+
+def test_a_fade_lasts_its_share_of_the_training():
+    """9 steps: over after the 4th or 5th, in the second epoch; what is dead is what the plan removes."""
+    run = engine.Run(settings(**FADE))
+    planned = sum(cut.removed for cut in run.plan.cuts)
+    assert run.force.law == efreg.Fade(4)
+    assert [row["dead"] for row in run.epochs()] == [0, planned, planned]
+    assert "not dead yet" not in str(run.force)
+
+
+@pytest.mark.parametrize("changes", [FADE, NESTED, {**NESTED, **LADDER}], ids=["fade", "nested", "both"])
+def test_an_interrupted_run_goes_on_to_the_same_bits(changes):
+    whole, first = (engine.Run(settings(**changes)) for _ in range(2))
+    list(whole.epochs())
+    next(first.epochs())
+    second = engine.Run(settings(**changes), copy.deepcopy(first.checkpoint()))
+    list(second.epochs())
+    assert equal(second.model.state_dict(), whole.model.state_dict())
+    assert equal(second.checkpoint().nesting, whole.checkpoint().nesting)
+    assert bool(second.checkpoint().nesting) == ("nested" in changes)
+
+
+def test_nested_units_are_cut_as_they_were_ranked():
+    """By the weights before the training: from the checkpoint, and from the settings alone."""
+    run = engine.Run(settings(**NESTED))
+    before = efreg.plan(run.model, ratio=0.5, coupled=False, example_inputs=run.example).filters(run.model)
+    list(run.epochs())
+    told = engine.ranked(run.checkpoint()), engine.cutting(run.settings, 10, (1, 8, 8))
+    for planning in told:
+        plan = efreg.plan(run.model, ratio=0.5, **planning, example_inputs=run.example)
+        assert plan.filters(run.model) == before
+    now = efreg.plan(run.model, ratio=0.5, coupled=False, example_inputs=run.example)
+    assert now.filters(run.model) != before
+
+
+def test_coupled_acts_on_the_streams_too():
+    run = engine.Run(settings(coupled=True))
+    assert "conv1" in run.force.layers and len(run.force.layers) > 6
+
+
+def test_the_teacher_is_the_whole_network(tmp_path):
+    """0.1 · cross-entropy + 0.9 · T² · KL(teacher ‖ model) at T = 4, by hand; the teacher stays as it is."""
+    taught = models.resnet14(in_channels=1)
+    torch.save(taught.state_dict(), tmp_path / "dense.pt")
+    run = engine.Run(settings(distil=str(tmp_path / "dense.pt"), alpha=0.0, epochs=1))
+    images, labels = next(run.data.train.batches(16))
+    forward = run._step.keywords["forward"]
+    loss, logits = forward(run.model.eval(), images, labels, torch.float32)
+    p, q = (x.double().div(4).softmax(1) for x in (taught.eval()(images), logits))
+    expected = (
+        0.1 * nn.functional.cross_entropy(logits, labels) + 0.9 * 16 * (p * (p / q).log()).sum(1).mean()
+    )
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    before = copy.deepcopy(forward.teacher.state_dict())
+    list(run.epochs())
+    assert equal(forward.teacher.state_dict(), before)
+    with pytest.raises(FileNotFoundError, match="--distil names a file of weights"):
+        engine.Run(settings(distil="nowhere.pt"))
 
 
 def test_dead_filters_that_cannot_be_removed_do_not_end_a_training(monkeypatch, caplog):

@@ -72,6 +72,8 @@ class Job:
     def settings(self) -> Settings:
         """What trains the network, the file of its first weights among them."""
         settings = replace(self.recipe.settings, seed=self.seed)
+        if settings.distil:
+            settings = replace(settings, distil=str(Path(settings.data, settings.distil)))
         if self.start:
             return replace(settings, weights=str(self.start.network))
         weights = None if self.recipe.start == RANDOM else self.group.weights

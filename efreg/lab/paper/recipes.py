@@ -171,7 +171,7 @@ def _settings(told: dict[str, Any]) -> Settings:
         if name not in LISTS:
             _typed(value, SETTINGS[name], name)
     settings = Settings(**told)
-    engine.check(replace(settings, epochs=max(1, settings.epochs)))
+    engine.check(replace(settings, epochs=max(1, settings.epochs), distil=None))
     engine.force_options(settings, steps=1)
     return settings
 
@@ -215,6 +215,9 @@ def rehearse(group: Group) -> None:
         holds = data.info(group.base.dataset, group.base.data)
         weights = load_weights(Path(group.base.data, group.weights)) if group.weights else None
         network = engine.build(group.base, holds.num_classes, holds.shape, weights)
+        for file in {recipe.settings.distil for recipe in group.recipes} - {None}:
+            taught = replace(group.base, distil=str(Path(group.base.data, file)))
+            engine.teacher(taught, holds.num_classes, holds.shape)
         example = torch.zeros(2, *holds.shape)
         for cut in group.cuts:
             with _naming(f"cut {cut!r}"):

@@ -27,6 +27,7 @@ def digest(settings: Settings, *more) -> str:
         settings,
         data=str(Path(settings.data).resolve()) if settings.dataset == "imagefolder" else "",
         weights=settings.weights and Path(settings.weights).name,
+        distil=settings.distil and Path(settings.distil).name,
         device=device.type,
         precision=str(engine.dtype_of(settings.precision, device)),
     )
