@@ -191,6 +191,19 @@ def test_checkpointing_runs_the_same_again(net, plan):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-14)
 
 
+def test_a_part_that_runs_alone_hides_what_is_hidden_now(net, plan):
+    z = torch.randn(1, 6, 2, 2, dtype=torch.float64)
+    units = plan.filters(net)["stem"]
+    with efreg.nested(net, plan, only(0.5)), torch.no_grad():
+        net(X)
+        torch.optim.SGD(net.parameters(), lr=0.1).step()
+        net.wide.weight.mul_(2)
+        found = net.wide(z)
+        expected = net.wide.weight.clone()
+    expected[:, units] = 0
+    torch.testing.assert_close(found, F.conv2d(z, expected, net.wide.bias))
+
+
 def test_a_copy_hides_nothing(net, plan):
     whole = net(X)
     widths = efreg.nested(net, plan, only(0.7))
@@ -208,9 +221,10 @@ def test_it_lasts_as_long_as_the_model():
     gc.collect()
     torch.optim.SGD(net.parameters(), lr=0.1).step()
     assert there().step == 1
+    twin = copy.deepcopy(net)
     del net
     gc.collect()
-    assert there() is None
+    assert there() is None and twin(X).isfinite().all()
 
 
 def test_with_a_force_beside(net, plan):
