@@ -59,7 +59,7 @@ def stability(steps: int) -> list[dict]:
     for (name, kind), update, (reading, refresh) in product(
         efreg.LAWS.items(), ("gradient", "proximal"), READINGS.items()
     ):
-        if "greg" in name and refresh != 1:
+        if not kind.has_strength() or ("greg" in name and refresh != 1):
             continue
         for alpha in ALPHAS:
             torch.manual_seed(0)
