@@ -25,6 +25,7 @@ from efreg.force.laws import (
 )
 from efreg.force.penalty import measure, penalty
 from efreg.groups import Group, Member
+from efreg.pruning.compensating import compensate
 from efreg.pruning.files import load, save
 from efreg.pruning.inspecting import Inspection, inspect
 from efreg.pruning.nesting import Nesting, nested
@@ -60,6 +61,7 @@ __all__ = [
     "Report",
     "Torque",
     "attach",
+    "compensate",
     "inspect",
     "load",
     "macs",

@@ -1,21 +1,16 @@
 """Estimating batch-norm statistics anew."""
 
 import copy
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
 
-from efreg.groups import unwrap
+from efreg.pruning.loading import Forward, placed, run_on
 from efreg.pruning.running import device_of
-
-Forward = Callable[[nn.Module, Any], Any]
 
 
 def recalibrate(
@@ -44,32 +39,15 @@ def recalibrate(
     first = next(batches, None)
     if first is None:
         raise ValueError("the loader is empty: recalibrate needs at least one batch")
-    run, place = forward or _forward, device or device_of(model)
+    run, place = forward or run_on, device or device_of(model)
     with _restored(model, norms), torch.no_grad():
         model.train()
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None
         for batch in chain([first], batches):
-            run(model, tree_map(lambda x: x.to(place) if isinstance(x, Tensor) else x, batch))
+            run(model, placed(batch, place))
     return model
-
-
-def _forward(model: nn.Module, batch: Any) -> Any:
-    """The model on the inputs of a batch. Raises TypeError where it does not take them."""
-    inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    named = dict(inputs) if isinstance(inputs, Mapping) else {}
-    listed = () if named else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    try:
-        if not all(isinstance(x, Tensor) for x in listed):
-            raise TypeError(f"a batch of type {type(batch).__name__} holds what is no tensor")
-        inspect.signature(unwrap(model).forward).bind(*listed, **named)
-    except TypeError as error:
-        raise TypeError(
-            f"{type(unwrap(model)).__name__} does not take these batches ({error}): say how to run one, "
-            "recalibrate(..., forward=lambda model, batch: ...)"
-        ) from error
-    return model(*listed, **named)
 
 
 @contextmanager
