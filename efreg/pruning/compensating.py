@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from efreg.groups import tensor_of, unwrap
+from efreg.pruning.attention import PrunedAttention, as_pruned
 from efreg.pruning.cutting import Kept, kept_of
 from efreg.pruning.following import Branch, Following
 from efreg.pruning.loading import Forward, placed, run_on
 from efreg.pruning.matching import gone_from
 from efreg.pruning.reading import Reading
-from efreg.pruning.running import device_of, evaluation, in_the_open, quietly
+from efreg.pruning.running import copy_of, device_of, evaluation, in_the_open, quietly
 from efreg.pruning.running import forward as run_call
 from efreg.pruning.units import Network
-from efreg.pruning.watching import some, watch
+from efreg.pruning.watching import Watched, some, watch
 
 logger = logging.getLogger("efreg")
 
@@ -119,7 +120,7 @@ class _Enough(BaseException):
 
 
 def _call(model: nn.Module, run: Forward, batch: Any) -> Any:
-    """What the model is called with for a batch, two images of it, in the form of `example_inputs`."""
+    """What the model is called with for a batch, in the form of `example_inputs`."""
     found = []
 
     def keep(_, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -127,22 +128,32 @@ def _call(model: nn.Module, run: Forward, batch: Any) -> Any:
         raise _Enough
 
     handle = model.register_forward_pre_hook(keep, prepend=True, with_kwargs=True)
-    with suppress(_Enough):
-        run(model, batch)
-    handle.remove()
+    try:
+        with suppress(_Enough):
+            run(model, batch)
+    finally:
+        handle.remove()
     if not found:
         raise ValueError(f"forward does not run {type(model).__name__}: call model(...) in it")
-    length = _length(found[0])
-
-    def few(x: Any) -> Any:
-        return x[:2] if isinstance(x, Tensor) and x.ndim and len(x) == length else x
-
-    return tree_map(few, found[0])
+    return found[0]
 
 
-def _kept(small: nn.Module, model: nn.Module, example: Any) -> tuple[Kept, list[str]]:
+def _few(call: Any) -> Any:
+    """The same for two images."""
+    length = _length(call)
+    return tree_map(lambda x: x[:2] if isinstance(x, Tensor) and x.ndim and len(x) == length else x, call)
+
+
+def _watched(model: nn.Module, call: Any) -> tuple[Any, Watched]:
+    """The model on two images; on the batch where it takes no other number of them."""
+    try:
+        return _few(call), watch(model, _few(call))
+    except ValueError:
+        return call, watch(model, call)
+
+
+def _kept(small: nn.Module, model: nn.Module, watched: Watched) -> tuple[Kept, list[str]]:
     """What the small network has kept of each tensor, and the weights that read what it has not."""
-    watched = watch(model, example)
     exact = Network(watched)
     try:
         network, gone = exact, gone_from(exact, model, small)
@@ -168,6 +179,20 @@ class _Reader:
     constant: tuple[str, int] | None
 
 
+def _as_pruned(model: nn.Module, small: nn.Module) -> nn.Module:
+    """The model, its attention computing in the order that the small network's has; if need be a copy."""
+    there = dict(small.named_modules())
+    paths = [
+        path
+        for path, module in model.named_modules()
+        if type(module) is nn.MultiheadAttention and type(there.get(path)) is PrunedAttention
+    ]
+    copied = copy_of(model) if paths else model
+    for path in paths:
+        as_pruned(copied.get_submodule(path), copied.get_submodule(path).num_heads)
+    return copied
+
+
 class _Survey(Following):
     """All calls of the readers, in order."""
 
@@ -178,15 +203,24 @@ class _Survey(Following):
     def read(self, branch: Branch, inputs: Tensor, weight: Tensor) -> None:
         self.calls.setdefault(branch.reader, []).append(branch)
 
-    def links(self, name: str) -> list[int]:
-        return [branch.end.links for branch in self.calls[name]]
+    def links(self, name: str) -> tuple[int, ...]:
+        return tuple(branch.end.links for branch in self.calls[name])
 
-    def constant(self, name: str) -> tuple[str, int] | None:
+    def shapes(self, name: str) -> list[tuple[int, ...]]:
+        """Of what is compared, but for the channels: the same in both networks, or rows are not the same."""
+        ends = [branch.end for branch in self.calls.get(name, ())]
+        shapes = [(list(branch.tensor.shape), branch.channels) for branch in ends]
+        return [(end.links, *shape[:i], *shape[i + 1 :]) for end, (shape, i) in zip(ends, shapes)]
+
+    def alone(self, reader: str, name: str | None = None) -> bool:
+        """Whether the reader's calls are all that takes in this tensor, its weight if none is named."""
+        return self.taken_in[name or reader] == len(self.calls[reader])
+
+    def constant(self, reader: str) -> tuple[str, int] | None:
         """What takes a constant, where that serves nobody else."""
-        found = {branch.end.constant for branch in self.calls[name]}
+        found = {branch.end.constant for branch in self.calls[reader]}
         constant = found.pop() if len(found) == 1 else None
-        alone = constant is not None and self.taken_in[constant[0]] == len(self.calls[name])
-        return constant if alone else None
+        return constant if constant is not None and self.alone(reader, constant[0]) else None
 
 
 class _Taking(Following):
@@ -234,6 +268,7 @@ class _Pair:
         positions: int,
     ):
         self._small, self._model, self._batches = small, model, batches
+        self._whole = _as_pruned(model, small)
         self._run, self._place, self._positions = run, place, positions
 
     def readers(self) -> list[_Reader]:
@@ -241,31 +276,38 @@ class _Pair:
 
         Raises ValueError where there is none.
         """
-        example = _call(self._model, self._run, placed(self._batches[0], self._place))
-        kept, names = _kept(self._small, self._model, example)
+        call = _call(self._model, self._run, placed(self._batches[0], self._place))
+        example, watched = _watched(self._model, call)
+        kept, names = _kept(self._small, self._model, watched)
         if not names:
             raise ValueError("nothing to repair: the small network has all units of the given one")
-        surveys = [_Survey(network, names) for network in (self._small, self._model)]
-        for survey, network in zip(surveys, (self._small, self._model)):
-            with survey:
-                run_call(network, example)
-        small, whole = surveys
-        same = [n for n in small.calls if n in whole.calls and small.links(n) == whole.links(n)]
-        if left := sorted(set(names) - set(same)):
+        small, whole = (self._survey(network, example) for network in (self._small, self._whole))
+        able = [
+            name for name in small.calls if small.shapes(name) == whole.shapes(name) and small.alone(name)
+        ]
+        if left := sorted(set(names) - set(able)):
             logger.warning("not repaired, as no convolution or linear layer reads by them: %s", some(left))
-        if not same:
+        first = next((number for number, name in enumerate(able) if name in names), None)
+        if first is None:
             raise ValueError(f"nothing to repair: no convolution or linear layer reads by {some(left)}")
         return [
             _Reader(
                 name,
                 number,
-                tuple(small.links(name)),
-                whole.calls[name][0].reading.kept(kept[name], tensor_of(self._model, name).shape),
+                small.links(name),
+                whole.calls[name][0].reading.kept(kept.get(name, {}), tensor_of(self._model, name).shape),
                 small.calls[name][0].reading,
                 small.constant(name),
             )
-            for number, name in enumerate(same)
+            for number, name in enumerate(able[first:])
         ]
+
+    def _survey(self, network: nn.Module, example: Any) -> "_Survey":
+        names = [name for name, parameter in self._small.named_parameters() if parameter.ndim > 1]
+        survey = _Survey(network, names)
+        with survey:
+            run_call(network, example)
+        return survey
 
     def repair(self, readers: Sequence[_Reader], ridge: float, progress: Progress | None) -> None:
         """One reader after the other."""
@@ -324,7 +366,7 @@ class _Pair:
         Of each reader a tensor [rows, channels] for each batch and call, in float32 or wider.
         """
         targets: dict[str, list[Tensor]] = {reader.name: [] for reader in readers}
-        for taking in self._seen(self._model, readers, inputs=False):
+        for taking in self._seen(self._whole, readers, inputs=False):
             for reader in readers:
                 for call in range(len(reader.links)):
                     target = _wide(taking.found[reader.name, call][0])

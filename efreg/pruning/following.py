@@ -1,12 +1,12 @@
 """Following what readers give out, while a network runs: through norms and scales, into a sum.
 
-Where a reader's output goes through nothing but a map of each channel and a sum, what the sum gives is what
-the network goes on with: an error of the other branch can be mended there too.
+Where a reader's output goes through nothing but a map of each channel into a sum, the sum is what the network
+goes on with: an error of the other branch can be mended there too.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,31 +16,18 @@ from efreg.groups import tensor_of
 from efreg.pruning.reading import Convolution, Linear, Reading
 from efreg.pruning.running import Mode, tensors_in
 
-NORMS = (
-    "aten::native_batch_norm",
-    "aten::cudnn_batch_norm",
-    "aten::miopen_batch_norm",
-    "aten::_native_batch_norm_legit_no_training",
-    "aten::_batch_norm_no_update",
-)
-HANDED_ON = (
-    "aten::view",
-    "aten::_unsafe_view",
-    "aten::clone",
-    "aten::alias",
-    "aten::detach",
-    "aten::_to_copy",
-)
+Given = Mapping[str, Any]
+"""An operation's arguments, by the names that ATen's schema has for them."""
 
 
 @dataclass(eq=False)
 class Branch:
     """What a reader's output has become: `tensor` = scale · output + what does not depend on it.
 
-    reader: the name of its weight. number: which of its calls, from 0. links: operations since. scale: of
-    each channel, [channels]. summed: whether another branch has been added. constant: the parameter or buffer
-    that an equal shift of all outputs can go into, and how much of it: -1 a running mean. uses: by how many
-    operations the tensor was taken in. after: what it became next.
+    reader: the name of its weight. number: which of its calls, from 0. scale: of each channel, [channels],
+    float64. links: operations since the reader. summed: whether another branch has been added. constant: the
+    parameter or buffer that an equal shift of all outputs can go into, and 1, or −1 for a running mean.
+    uses: how many operations took the tensor in. after: what one of them made of it.
     """
 
     reader: str
@@ -48,33 +35,47 @@ class Branch:
     reading: Reading
     tensor: Tensor
     scale: Tensor
+    constant: tuple[str, int] | None
     links: int = 0
     summed: bool = False
-    constant: tuple[str, int] | None = None
-    uses: int = 0
-    after: "Branch | None" = None
+    uses: int = field(default=0, init=False)
+    after: "Branch | None" = field(default=None, init=False)
+
+    @property
+    def channels(self) -> int:
+        """The axis that the channels lie on."""
+        return self.reading.channels_at(self.tensor)
+
+    @property
+    def plain(self) -> bool:
+        """Whether no channel has been scaled."""
+        return bool((self.scale == 1).all())
 
     @property
     def end(self) -> "Branch":
-        """How far it goes without anything else that reads what lies between."""
+        """How far it goes with nobody else who takes in what lies between."""
         branch = self
         while branch.after is not None and branch.uses == 1:
             branch = branch.after
         return branch
 
+    def become(self, out: Tensor, **changes: Any) -> "Branch":
+        """One link further."""
+        return replace(self, tensor=out, links=self.links + 1, **changes)
+
 
 class Following(Mode):
-    """Tells `read` of each call of the readers, and `met` of what becomes of its output.
+    """Tells `read` of each call of the readers, and `met` of that and of whatever becomes of its output.
 
-    readers: names of weights of the model.
+    readers: names of weights of the model. taken_in: how many operations took in each parameter and buffer.
     """
 
-    def __init__(self, model: nn.Module, readers: Mapping[str, Any]):
+    def __init__(self, model: nn.Module, readers: Iterable[str]):
         super().__init__()
         weights = {name: tensor_of(model, name) for name in readers}
-        self._weights = {_key(weight): (name, False) for name, weight in weights.items()}
-        self._weights |= {_key(w.t()): (name, True) for name, w in weights.items() if w.ndim == 2}
-        self._named = {id(x): name for name, x in (*model.named_parameters(), *model.named_buffers())}
+        self._weights = {_key(weight): name for name, weight in weights.items()}
+        self._turned = {_key(weight.t()): name for name, weight in weights.items() if weight.ndim == 2}
+        self._names = {id(x): name for name, x in (*model.named_parameters(), *model.named_buffers())}
         self._branches: dict[int, Branch] = {}
         self._calls: Counter[str] = Counter()
         self.taken_in: Counter[str] = Counter()
@@ -83,104 +84,121 @@ class Following(Mode):
         """A reader has been called."""
 
     def met(self, branch: Branch) -> None:
-        """Its output has become this."""
+        """Its output is, or has become, this."""
 
     def see(self, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         out = function(*args, **kwargs)
         given = dict(zip((argument.name for argument in function._schema.arguments), args)) | kwargs
+        name = function._schema.name.removeprefix("aten::").removesuffix("_")
         inputs = tensors_in(given)
-        self.taken_in.update(self._named[id(x)] for x in inputs if id(x) in self._named)
-        followed = [self._branches[id(x)] for x in inputs if id(x) in self._branches]
-        name = function._schema.name.removesuffix("_")
-        first = out[0] if isinstance(out, (tuple, list)) and out else out
-        for branch in followed:
-            branch.uses += 1
-            branch.after = self._linked(branch, name, given, first)
-        if any(first is x for x in inputs):
-            self._branches.pop(id(first), None)
-        for branch in [branch.after for branch in followed if branch.after]:
-            if not branch.summed:
-                self._branches[id(first)] = branch
-            self.met(branch)
-        self._begin(name, given, first)
+        self.taken_in.update(self._names[id(x)] for x in inputs if id(x) in self._names)
+        first = next(iter(tensors_in(out)), None)
+        if first is not None:
+            self._follow(name, given, inputs, first)
+            self._begin(name, given, first)
         return out
 
-    def _begin(self, name: str, given: dict[str, Any], out: Any) -> None:
-        """A branch, where the operation is one that reads with one of the weights."""
-        found = self._reading(name, given)
-        if found is None:
+    def _follow(self, name: str, given: Given, inputs: list[Tensor], out: Tensor) -> None:
+        """What becomes of the branches that an operation takes in."""
+        taken = [self._branches[id(x)] for x in inputs if id(x) in self._branches]
+        for branch in taken:
+            branch.uses += 1
+            branch.after = LINKS[name](self, branch, given, out) if name in LINKS else None
+        self._branches.pop(id(out), None)  # written to in place
+        for branch in [branch.after for branch in taken if branch.after is not None]:
+            if not branch.summed:
+                self._branches[id(out)] = branch
+            self.met(branch)
+
+    def _begin(self, name: str, given: Given, out: Tensor) -> None:
+        """A branch, where the operation reads by one of the weights."""
+        found = READS[name](self, given) if name in READS else None
+        if found is None or found[0] is None:
             return
         reader, reading, inputs, weight, bias = found
-        constant = self._named.get(id(bias))
-        channels = out.shape[reading.channels_at(out)]
-        branch = Branch(
-            reader,
-            self._calls[reader],
-            reading,
-            out,
-            torch.ones(channels, dtype=torch.float64, device=out.device),
-            constant=None if constant is None else (constant, 1),
-        )
+        scale = torch.ones(out.shape[reading.channels_at(out)], dtype=torch.float64, device=out.device)
+        constant = (self._names[id(bias)], 1) if id(bias) in self._names else None
+        branch = Branch(reader, self._calls[reader], reading, out, scale, constant)
         self._calls[reader] += 1
         self._branches[id(out)] = branch
         self.read(branch, inputs, weight)
         self.met(branch)
 
-    def _reading(self, name: str, given: dict[str, Any]) -> tuple | None:
-        """The reader, how it reads, its input, weight and bias; None for any other operation."""
-        if name == "aten::convolution":
-            reader, turned = self._weights.get(_key(given["weight"]), (None, True))
-            numbers = (tuple(given[k]) for k in ("stride", "padding", "dilation"))
-            reading = Convolution(*numbers, given["transposed"], given["groups"])
-            found = reader, reading, given["input"], given["weight"], given["bias"]
-        elif name == "aten::linear":
-            reader, turned = self._weights.get(_key(given["weight"]), (None, True))
-            found = reader, Linear(), given["input"], given["weight"], given.get("bias")
-        elif name in ("aten::addmm", "aten::mm"):
-            x, weight = (given["mat1"], given["mat2"]) if name == "aten::addmm" else given.values()
-            reader, turned = self._weights.get(_key(weight), (None, False))
-            found, turned = (reader, Linear(not turned), x, weight, given.get("self")), False
-            if name == "aten::mm":
-                found = *found[:-1], None
-        else:
-            return None
-        return None if reader is None or turned else found
+    # Operations that read: the reader, how it reads, its input, weight and bias
 
-    def _linked(self, branch: Branch, name: str, given: dict[str, Any], out: Any) -> Branch | None:
-        """What the branch becomes by an operation; None where that is not a map of each channel."""
-        if not isinstance(out, Tensor):
+    def _convolution(self, given: Given) -> tuple:
+        numbers = (tuple(given[key]) for key in ("stride", "padding", "dilation"))
+        reading = Convolution(*numbers, given["transposed"], given["groups"])
+        return self._reader(given["weight"]), reading, given["input"], given["weight"], given["bias"]
+
+    def _linear(self, given: Given) -> tuple:
+        return self._reader(given["weight"]), Linear(), given["input"], given["weight"], given.get("bias")
+
+    def _addmm(self, given: Given) -> tuple | None:
+        scaled = given.get("alpha", 1) != 1 or given.get("beta", 1) != 1
+        return None if scaled else self._product(given["mat1"], given["mat2"], given["self"])
+
+    def _mm(self, given: Given) -> tuple:
+        return self._product(given["self"], given["mat2"], None)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple:
+        turned = self._turned.get(_key(weight))
+        if turned is not None:
+            return turned, Linear(), x, weight, bias
+        return self._reader(weight), Linear(turned=True), x, weight, bias
+
+    def _reader(self, weight: Tensor) -> str | None:
+        return self._weights.get(_key(weight))
+
+    # Maps of each channel, and sums
+
+    def _handed_on(self, branch: Branch, given: Given, out: Tensor) -> Branch | None:
+        """The same rows of the same channels."""
+        shape, rows = branch.tensor.shape, isinstance(branch.reading, Linear)
+        same = out.shape == shape or (rows and out.ndim > 0 and out.shape[-1] == shape[-1])
+        return branch.become(out) if same else None
+
+    def _normed(self, branch: Branch, given: Given, out: Tensor) -> Branch | None:
+        """γ (x − mean) / √(var + ε) + β with statistics of its own."""
+        if given.get("training") or given["input"] is not branch.tensor or branch.channels != 1:
             return None
-        scale, summed, constant = branch.scale, False, branch.constant
-        own = branch.reading.channels_at(branch.tensor) if branch.tensor.ndim else 0
-        if name in HANDED_ON:
-            linear = isinstance(branch.reading, Linear)
-            if out.shape != branch.tensor.shape and not (linear and out.shape[-1] == branch.tensor.shape[-1]):
-                return None
-        elif name in NORMS and own == 1:
-            if given.get("training") or given.get("train") or given["input"] is not branch.tensor:
-                return None
-            scale = scale * _scale(given).to(scale)
-            mean = self._named.get(id(given["running_mean"]))
-            if constant is None and mean is not None and torch.equal(branch.scale, torch.ones_like(scale)):
-                constant = mean, -1
-        elif name in ("aten::add", "aten::mul"):
-            other = given["other"] if given["self"] is branch.tensor else given["self"]
-            if not isinstance(other, Tensor) or given.get("alpha", 1) != 1 or other is branch.tensor:
-                return None
-            each = _of_channels(other, branch.tensor, own)
-            if name == "aten::mul":
-                if each is None:
-                    return None
-                scale = scale * each.to(scale)
-            elif each is None:
-                summed = True
-                if not other.shape == branch.tensor.shape == out.shape:
-                    return None
-        else:
+        scale = (given["running_var"].double() + given.get("eps", given.get("epsilon"))).rsqrt()
+        scale = scale if given["weight"] is None else scale * given["weight"].double()
+        mean = self._names.get(id(given["running_mean"]))
+        own = (mean, -1) if mean is not None and branch.plain else None
+        return branch.become(out, scale=branch.scale * scale, constant=branch.constant or own)
+
+    def _multiplied(self, branch: Branch, given: Given, out: Tensor) -> Branch | None:
+        """By a number of each channel."""
+        other = _of_channels(_other(branch, given), branch)
+        return None if other is None else branch.become(out, scale=branch.scale * other.double())
+
+    def _added(self, branch: Branch, given: Given, out: Tensor) -> Branch | None:
+        """A number of each channel, or another branch."""
+        other = _other(branch, given)
+        if other is None or given.get("alpha", 1) != 1:
             return None
-        return Branch(
-            branch.reader, branch.number, branch.reading, out, scale, branch.links + 1, summed, constant
-        )
+        if _of_channels(other, branch) is not None:
+            return branch.become(out)
+        same = other.shape == branch.tensor.shape == out.shape
+        return branch.become(out, summed=True) if same else None
+
+
+READS = {
+    "convolution": Following._convolution,
+    "linear": Following._linear,
+    "addmm": Following._addmm,
+    "mm": Following._mm,
+}
+"""The operations that readers are, by name."""
+
+LINKS = {
+    **dict.fromkeys(("view", "_unsafe_view", "clone", "alias", "detach"), Following._handed_on),
+    **dict.fromkeys(("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"), Following._normed),
+    "mul": Following._multiplied,
+    "add": Following._added,
+}
+"""The operations that a branch is followed through, by name; one in place has the name of its twin."""
 
 
 def _key(tensor: Tensor) -> tuple:
@@ -188,18 +206,17 @@ def _key(tensor: Tensor) -> tuple:
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
-def _scale(given: Mapping[str, Any]) -> Tensor:
-    """γ / √(var + ε) of a batch norm with statistics of its own."""
-    epsilon = given.get("eps", given.get("epsilon"))
-    scale = (given["running_var"].double() + epsilon).rsqrt()
-    return scale if given["weight"] is None else scale * given["weight"].double()
+def _other(branch: Branch, given: Given) -> Tensor | None:
+    """The other one of two arguments; None where it is no tensor, or the same one."""
+    other = given["other"] if given["self"] is branch.tensor else given["self"]
+    return other if isinstance(other, Tensor) and other is not branch.tensor else None
 
 
-def _of_channels(x: Tensor, like: Tensor, axis: int) -> Tensor | None:
-    """The numbers of a tensor that broadcasts along all axes of another but that of its channels; None where
-    it does not.
-    """
-    if x.numel() != like.shape[axis] or x.ndim > like.ndim:
+def _of_channels(x: Tensor | None, branch: Branch) -> Tensor | None:
+    """The numbers of a tensor that has one for each channel, wherever that is; None where it has others."""
+    like = branch.tensor
+    if x is None or x.ndim > like.ndim:
         return None
     shape = [1] * (like.ndim - x.ndim) + list(x.shape)
-    return x.detach().flatten() if shape[axis] == like.shape[axis] else None
+    each = x.numel() == like.shape[branch.channels] == shape[branch.channels]
+    return x.flatten() if each else None

@@ -78,18 +78,18 @@ class _Matching:
     def _shortened(self, model: nn.Module, small: nn.Module) -> Iterator[_Place]:
         """The axes that have become shorter; ids along those that have not stay."""
         watched = self._network.watched
+        tensors, smaller = (_tensors(network) for network in (model, small))
         for name, axes in watched.tensors.items():
-            try:
-                whole, left = tensor_of(model, name), tensor_of(small, name)
-            except AttributeError:
-                raise _stranger(name, "the small network has none") from None
+            whole, left = tensors[name], smaller.get(name)
+            if left is None:
+                raise _stranger(name, "the small network has none")
             fits = whole.ndim == left.ndim and all(n >= m for n, m in zip(whole.shape, left.shape))
             if not fits:
                 raise _stranger(name, f"it has shape {tuple(left.shape)}, there {tuple(whole.shape)}")
             for axis, ids in enumerate(axes):
                 if whole.shape[axis] > left.shape[axis]:
                     if name in watched.parameters:
-                        yield _Place(name, axis, ids, whole, left)
+                        yield _Place(name, axis, ids, whole.detach(), left.detach())
                 elif ids is not None:
                     self.state[self._network.ids.find(ids)] = STAYS
 
@@ -112,10 +112,10 @@ class _Matching:
             axis: torch.from_numpy(np.flatnonzero(states == STAYS))
             for axis, states in self._others(place).items()
         }
-        whole = sliced(place.whole.detach(), kept).to(place.small.dtype)
+        whole = sliced(place.whole, kept).to(place.small.dtype)
         if any(n != m for i, (n, m) in enumerate(zip(whole.shape, place.small.shape)) if i != place.axis):
             return None
-        equal = _equal(_rows(whole, place.axis), _rows(place.small.detach(), place.axis))
+        equal = _equal(_rows(whole, place.axis), _rows(place.small, place.axis))
         states = self._states(place.ids)
         may = placements(equal, states)
         return None if may is None else np.where(states == OPEN, may, OPEN)
@@ -135,10 +135,14 @@ class _Matching:
         self.state[self._network.ids.find(ids[self._states(ids) == OPEN][:1])] = STAYS
 
 
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    return dict((*network.named_parameters(), *network.named_buffers()))
+
+
 def _rows(tensor: Tensor, axis: int) -> list[bytes]:
     """Each position along an axis, bit by bit."""
-    rows = tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1).contiguous().cpu().view(torch.uint8)
-    return [row.tobytes() for row in rows.numpy()]
+    numbers = tensor.movedim(axis, 0).cpu().contiguous().flatten().view(torch.uint8)
+    return [row.tobytes() for row in numbers.reshape(tensor.shape[axis], -1).numpy()]
 
 
 def _equal(whole: list[bytes], small: list[bytes]) -> np.ndarray:
