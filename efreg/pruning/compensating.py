@@ -167,16 +167,22 @@ def _kept(small: nn.Module, model: nn.Module, watched: Watched) -> tuple[Kept, l
 class _Reader:
     """A weight that reads a cut group.
 
-    links: of each of its calls how many operations lie between output and target. kept: the channels of the
+    links: in the small network and in the given one, of each call how many operations lie between output and
+    target. kept: the channels of the
     given network's output that the small one has, None where it has all. constant: see `Branch`.
     """
 
     name: str
     number: int
-    links: tuple[int, ...]
+    links: tuple[tuple[int, ...], tuple[int, ...]]
     kept: Tensor | None
     reading: Reading
     constant: tuple[str, int] | None
+
+    @property
+    def calls(self) -> int:
+        """How often the network calls it."""
+        return len(self.links[0])
 
 
 def _as_pruned(model: nn.Module, small: nn.Module) -> nn.Module:
@@ -210,7 +216,7 @@ class _Survey(Following):
         """Of what is compared, but for the channels: the same in both networks, or rows are not the same."""
         ends = [branch.end for branch in self.calls.get(name, ())]
         shapes = [(list(branch.tensor.shape), branch.channels) for branch in ends]
-        return [(end.links, *shape[:i], *shape[i + 1 :]) for end, (shape, i) in zip(ends, shapes)]
+        return [(end.summed, *shape[:i], *shape[i + 1 :]) for end, (shape, i) in zip(ends, shapes)]
 
     def alone(self, reader: str, name: str | None = None) -> bool:
         """Whether the reader's calls are all that takes in this tensor, its weight if none is named."""
@@ -226,15 +232,15 @@ class _Survey(Following):
 class _Taking(Following):
     """Rows of what readers read, and of what their outputs become, in one run; then the run ends.
 
-    rows: of a reader, the number of a call and how many there are the rows to take. inputs: whether those are
-    wanted.
+    rows: of a reader, the number of a call and how many there are the rows to take. whole: whether the
+    network is the given one, of which only targets are wanted.
     """
 
-    def __init__(self, model: nn.Module, readers: Sequence[_Reader], rows: Callable, *, inputs: bool):
-        super().__init__(model, [reader.name for reader in readers])
+    def __init__(self, network: nn.Module, readers: Sequence[_Reader], rows: Callable, *, whole: bool):
+        super().__init__(network, [reader.name for reader in readers])
         self._readers = {reader.name: reader for reader in readers}
-        self._rows, self._inputs = rows, inputs
-        self._missing = sum(len(reader.links) for reader in readers)
+        self._rows, self._whole = rows, whole
+        self._missing = sum(reader.calls for reader in readers)
         self._chosen: dict[tuple[str, int], Tensor] = {}
         self.inputs: dict[tuple[str, int], Tensor] = {}
         self.found: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
@@ -243,12 +249,12 @@ class _Taking(Following):
         key, out = (branch.reader, branch.number), branch.tensor
         rows = self._rows(self._readers[branch.reader], branch.number, out.numel() // len(branch.scale))
         self._chosen[key] = rows.to(out.device)
-        if self._inputs:
+        if not self._whole:
             self.inputs[key] = branch.reading.inputs(inputs, self._chosen[key], out.shape, weight.shape[2:])
 
     def met(self, branch: Branch) -> None:
         key = branch.reader, branch.number
-        if branch.links == self._readers[branch.reader].links[branch.number]:
+        if branch.links == self._readers[branch.reader].links[self._whole][branch.number]:
             self.found[key] = branch.reading.outputs(branch.tensor, self._chosen[key]), branch.scale
             self._missing -= 1
         if not self._missing:
@@ -294,7 +300,7 @@ class _Pair:
             _Reader(
                 name,
                 number,
-                small.links(name),
+                (small.links(name), whole.links(name)),
                 whole.calls[name][0].reading.kept(kept.get(name, {}), tensor_of(self._model, name).shape),
                 small.calls[name][0].reading,
                 small.constant(name),
@@ -336,7 +342,7 @@ class _Pair:
         portion, left = [], TARGETS
         for reader in readers:
             width = tensor_of(self._model, reader.name).shape[:2]
-            size = 4 * rows * len(reader.links) * max(width)
+            size = 4 * rows * reader.calls * max(width)
             if portion and size > left:
                 yield portion
                 portion, left = [], TARGETS
@@ -344,8 +350,9 @@ class _Pair:
             left -= size
         yield portion
 
-    def _seen(self, network: nn.Module, readers: Sequence[_Reader], *, inputs: bool) -> Iterator[_Taking]:
-        """What a network shows of the readers, batch by batch."""
+    def _seen(self, readers: Sequence[_Reader], *, whole: bool) -> Iterator[_Taking]:
+        """What the given or the small network shows of the readers, batch by batch."""
+        network = self._whole if whole else self._small
         for number, batch in enumerate(self._batches):
             most = self._positions * _length(batch)
 
@@ -355,7 +362,7 @@ class _Pair:
                 generator = torch.Generator().manual_seed((reader.number << 40) + (call << 20) + number)
                 return torch.randperm(count, generator=generator)[:most]
 
-            taking = _Taking(network, readers, rows, inputs=inputs)
+            taking = _Taking(network, readers, rows, whole=whole)
             with suppress(_Enough), taking:
                 self._run(network, placed(batch, self._place))
             yield taking
@@ -366,9 +373,9 @@ class _Pair:
         Of each reader a tensor [rows, channels] for each batch and call, in float32 or wider.
         """
         targets: dict[str, list[Tensor]] = {reader.name: [] for reader in readers}
-        for taking in self._seen(self._whole, readers, inputs=False):
+        for taking in self._seen(readers, whole=True):
             for reader in readers:
-                for call in range(len(reader.links)):
+                for call in range(reader.calls):
                     target = _wide(taking.found[reader.name, call][0])
                     if reader.kept is not None:
                         target = target[:, reader.kept.to(target.device)]
@@ -378,8 +385,8 @@ class _Pair:
     def _equations(self, reader: _Reader, targets: Sequence[Tensor]) -> "_Equations":
         """Sums over all images of what the reader reads in the small network, and of how far it is off."""
         equations, ahead = _Equations(reader), iter(targets)
-        for taking in self._seen(self._small, [reader], inputs=True):
-            for call in range(len(reader.links)):
+        for taking in self._seen([reader], whole=False):
+            for call in range(reader.calls):
                 key = reader.name, call
                 now, scale = taking.found[key]
                 error = _unscaled(next(ahead).to(now.device).double() - now.double(), scale)
