@@ -463,7 +463,7 @@ def _repair(small: nn.Module, reader: _Reader, equations: _Equations, ridge: flo
     if reader.constant is not None:
         name, sign = reader.constant
         constant = tensor_of(small, name)
-        shifted = (constant + sign * change[..., -1].flatten()).to(constant.dtype)
+        shifted = (constant + sign * change[..., -1].reshape(constant.shape)).to(constant.dtype)
         written.append(sign * (shifted.double() - constant.double()).reshape(*change.shape[:2], 1))
     if not equations.gain(torch.cat(written, -1)) > 0:
         return

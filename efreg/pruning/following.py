@@ -35,7 +35,7 @@ class Branch:
     reading: Reading
     tensor: Tensor
     scale: Tensor
-    constant: tuple[str, int] | None
+    constant: tuple[str, int] | None = None
     links: int = 0
     summed: bool = False
     uses: int = field(default=0, init=False)
@@ -117,8 +117,8 @@ class Following(Mode):
             return
         reader, reading, inputs, weight, bias = found
         scale = torch.ones(out.shape[reading.channels_at(out)], dtype=torch.float64, device=out.device)
-        constant = (self._names[id(bias)], 1) if id(bias) in self._names else None
-        branch = Branch(reader, self._calls[reader], reading, out, scale, constant)
+        branch = Branch(reader, self._calls[reader], reading, out, scale)
+        branch.constant = self._own(branch, bias, 1)
         self._calls[reader] += 1
         self._branches[id(out)] = branch
         self.read(branch, inputs, weight)
@@ -150,6 +150,11 @@ class Following(Mode):
     def _reader(self, weight: Tensor) -> str | None:
         return self._weights.get(_key(weight))
 
+    def _own(self, branch: Branch, tensor: Tensor | None, sign: int) -> tuple[str, int] | None:
+        """The tensor as what takes a constant, where it is the model's and no channel has been scaled."""
+        name = self._names.get(id(tensor))
+        return (name, sign) if name is not None and branch.plain else None
+
     # Maps of each channel, and sums
 
     def _handed_on(self, branch: Branch, given: Given, out: Tensor) -> Branch | None:
@@ -164,9 +169,8 @@ class Following(Mode):
             return None
         scale = (given["running_var"].double() + given.get("eps", given.get("epsilon"))).rsqrt()
         scale = scale if given["weight"] is None else scale * given["weight"].double()
-        mean = self._names.get(id(given["running_mean"]))
-        own = (mean, -1) if mean is not None and branch.plain else None
-        return branch.become(out, scale=branch.scale * scale, constant=branch.constant or own)
+        constant = branch.constant or self._own(branch, given["running_mean"], -1)
+        return branch.become(out, scale=branch.scale * scale, constant=constant)
 
     def _multiplied(self, branch: Branch, given: Given, out: Tensor) -> Branch | None:
         """By a number of each channel."""
@@ -179,7 +183,7 @@ class Following(Mode):
         if other is None or given.get("alpha", 1) != 1:
             return None
         if _of_channels(other, branch) is not None:
-            return branch.become(out)
+            return branch.become(out, constant=branch.constant or self._own(branch, other, 1))
         same = other.shape == branch.tensor.shape == out.shape
         return branch.become(out, summed=True) if same else None
 
