@@ -28,7 +28,7 @@ logger = logging.getLogger("efreg")
 Progress = Callable[[int, int, str], None]
 """Is told how many readers are done, how many there are, and which was the last."""
 
-TARGETS = 2**29
+TARGETS = 2**30
 """Bytes of targets that are kept at a time; what needs more runs the given network more often."""
 
 BLOCK = 2**23
@@ -44,7 +44,7 @@ def compensate(
     loader: Iterable,
     *,
     images: int | None = 2000,
-    positions: int = 64,
+    positions: int = 32,
     ridge: float = 1e-3,
     device: torch.device | str | None = None,
     forward: Forward | None = None,
@@ -341,8 +341,8 @@ class _Pair:
         rows = self._positions * sum(map(_length, self._batches))
         portion, left = [], TARGETS
         for reader in readers:
-            width = tensor_of(self._model, reader.name).shape[:2]
-            size = 4 * rows * reader.calls * max(width)
+            matrix = reader.reading.matrix(tensor_of(self._small, reader.name))
+            size = 4 * rows * reader.calls * matrix.shape[0] * matrix.shape[1]
             if portion and size > left:
                 yield portion
                 portion, left = [], TARGETS
