@@ -43,14 +43,14 @@ def compensate(
     model: nn.Module,
     loader: Iterable,
     *,
-    images: int | None = 2000,
+    images: int | None = 1000,
     positions: int = 32,
     ridge: float = 1e-3,
     device: torch.device | str | None = None,
     forward: Forward | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
-    """Repairs a pruned network on a few thousand images, without training, in place. Returns it.
+    """Repairs a pruned network on a thousand images, without training, in place. Returns it.
 
     Each layer that reads a cut group gets the weights, and the constant, that by least squares give back what
     the given network has there, one after the other in the order in which the network runs:
@@ -257,6 +257,7 @@ class _Taking(Following):
         if branch.links == self._readers[branch.reader].links[self._whole][branch.number]:
             self.found[key] = branch.reading.outputs(branch.tensor, self._chosen[key]), branch.scale
             self._missing -= 1
+            self.forget(branch)
         if not self._missing:
             raise _Enough
 
@@ -405,10 +406,7 @@ def _unscaled(error: Tensor, scale: Tensor) -> Tensor:
 
 
 class _Equations:
-    """A = Σ x xᵀ [G, D, D] and E = Σ e xᵀ [G, O, D], float64; x ends in a one where a constant is sought.
-
-    Raises ValueError naming the reader for numbers that are not finite.
-    """
+    """A = Σ x xᵀ [G, D, D] and E = Σ e xᵀ [G, O, D], float64; x ends in a one where a constant is sought."""
 
     def __init__(self, reader: _Reader):
         self._reader, self._rows = reader, 0
@@ -422,9 +420,6 @@ class _Equations:
 
     def add(self, inputs: Tensor, error: Tensor) -> None:
         """inputs: [rows, G, D]. error: [rows, G · O]."""
-        if not (inputs.isfinite().all() and error.isfinite().all()):
-            name = self._reader.name.removesuffix(".weight")
-            raise ValueError(f"activations at {name!r} are not finite: look at the images and both networks")
         groups = inputs.shape[1]
         block = max(1, BLOCK // max(inputs[0].numel(), error.shape[1]))
         for x, e in zip(inputs.split(block), error.split(block)):
@@ -437,7 +432,13 @@ class _Equations:
         self._rows += len(inputs)
 
     def solution(self, ridge: float) -> Tensor:
-        """E (A + λ I)⁻¹, λ a share of the mean of A's diagonal; zeros where all inputs are. [G, O, D]"""
+        """E (A + λ I)⁻¹, λ a share of the mean of A's diagonal; zeros where all inputs are. [G, O, D]
+
+        Raises ValueError, naming the reader, for sums that are not finite.
+        """
+        name = self._reader.name.removesuffix(".weight")
+        if not (self.moments.isfinite().all() and self.errors.isfinite().all()):
+            raise ValueError(f"activations at {name!r} are not finite: look at the images and both networks")
         diagonal = self.moments.diagonal(dim1=1, dim2=2)
         strength = ridge * diagonal.mean(1, keepdim=True)
         strength = torch.where(strength > 0, strength, 1)
@@ -445,7 +446,7 @@ class _Equations:
             self.moments + torch.diag_embed(strength.expand_as(diagonal))
         )
         if failed.any():
-            raise ValueError(f"ridge {ridge:g} is too small for {self._reader.name!r}: give a larger one")
+            raise ValueError(f"ridge {ridge:g} is too small for {name!r}: give a larger one")
         return torch.cholesky_solve(self.errors.mT, factor).mT
 
     def gain(self, change: Tensor) -> float:

@@ -86,6 +86,11 @@ class Following(Mode):
     def met(self, branch: Branch) -> None:
         """Its output is, or has become, this."""
 
+    def forget(self, branch: Branch) -> None:
+        """Follows this call no further, and keeps nothing alive for it."""
+        call = branch.reader, branch.number
+        self._branches = {key: b for key, b in self._branches.items() if (b.reader, b.number) != call}
+
     def see(self, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         out = function(*args, **kwargs)
         given = dict(zip((argument.name for argument in function._schema.arguments), args)) | kwargs
