@@ -64,12 +64,21 @@ def taylor(model: nn.Module, group: Group) -> Tensor:
     return sums.square()
 
 
+def reconstruction(model: nn.Module, group: Group) -> Tensor:
+    """See `efreg.pruning.reconstructing`: it takes images, so plans hold the units that `efreg.plan` chose.
+
+    Raises ValueError, as there are none here.
+    """
+    raise ValueError("reconstruction ranks by images: plan with efreg.plan(..., example_inputs=images)")
+
+
 IMPORTANCES = {
     "l1": l1,
     "l2": l2,
     "norm_scale": norm_scale,
     "geometric_median": geometric_median,
     "taylor": taylor,
+    "reconstruction": reconstruction,
 }
 
 

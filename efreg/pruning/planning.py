@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -15,6 +16,7 @@ from efreg.pruning.choosing import Importance, ranks, smallest
 from efreg.pruning.costs import Costs
 from efreg.pruning.plans import Cut, LeftOut, Plan
 from efreg.pruning.ratios import Ratios, convolutions, listed
+from efreg.pruning.reconstructing import Reconstruction
 from efreg.pruning.requests import Request, Selection, removed
 from efreg.pruning.running import PruningError, quietly
 from efreg.pruning.trials import Trial
@@ -75,8 +77,12 @@ def plan(
         by importance relative to their group's mean, per MAC. max_ratio: the most that a group loses.
     round_to: what stays of a group is a multiple of it.
     importance: "l1" (the magnitude of the paper), "l2", "norm_scale" (batch norms' |γ|), "geometric_median"
-        (FPGM), "taylor" (with the gradients that the model holds), or a function of a `Group` that gives one
-        number a unit; the smallest go.
+        (FPGM), "taylor" (with the gradients that the model holds), "reconstruction", or a function of a
+        `Group` that gives one number a unit; the smallest go. By reconstruction those go, one after the
+        other, that what reads them can best make up for on the example inputs, which are to be a few hundred
+        images, a list of batches perhaps: for networks that are repaired (`efreg.compensate`) and not trained
+        again. The plan then holds these very units. After Frantar and Alistarh, 2022 (arXiv 2208.11580) and
+        Kurtic et al., ZipLM, 2023 (arXiv 2302.04089).
     approximate: also cut channels that a norm is taken over (layer norm, group norm, standardised weights);
         the network then changes as if its norms were taken over what stays.
     example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments, or a list of these: several
@@ -105,6 +111,8 @@ def plan(
         approximate=approximate,
     )
     with quietly(model):
+        if request.importance == "reconstruction":
+            request = replace(request, importance=Reconstruction(model, example_inputs))
         if ratios is not None and not request.keyed:
             named = {name: share for name, share in listed(model, ratios).items() if request.names(name)}
             return _of_list(model, named, request, example_inputs)
@@ -127,7 +135,7 @@ def _of_list(model: nn.Module, named: Mapping[str, Fraction], request: Request, 
         _require_plain(name, present[name])
     if example_inputs is None:
         cuts = tuple(Cut(_unwatched(name, present[name]), count) for name, count in counts.items())
-        return Plan(cuts, request.importance, approximate=request.approximate)
+        return Plan(cuts, _name(request), approximate=request.approximate)
     network = Network(watch(model, example_inputs), approximate=request.approximate)
     warn_of_unseen(network.watched)
     groups = {name: _named_group(network, f"{name}.weight") for name in counts}
@@ -136,7 +144,8 @@ def _of_list(model: nn.Module, named: Mapping[str, Fraction], request: Request, 
             reason = network.reason_at(f"{name}.weight", 0, np.arange(present[name].out_channels))
             raise ValueError(f"{name!r} cannot lose filters: {reason}. Leave it out (skip={name!r})")
     cuts = tuple(
-        Cut(groups[name] or _unwatched(name, present[name]), count) for name, count in counts.items()
+        _cut(model, groups[name] or _unwatched(name, present[name]), count, request)
+        for name, count in counts.items()
     )
     costs = Costs(network, {name: p.shape for name, p in model.named_parameters()})
     sizes = {cut.name: cut.removed for cut in cuts if cut.group.watched}
@@ -144,12 +153,24 @@ def _of_list(model: nn.Module, named: Mapping[str, Fraction], request: Request, 
     before, known = [0] * len(after), all(groups.values())
     return Plan(
         cuts,
-        request.importance,
+        _name(request),
         watched=True,
         approximate=request.approximate,
         macs=(costs.macs(before), costs.macs(after)) if known else None,
         parameters=(costs.parameters(before), costs.parameters(after)) if known else None,
     )
+
+
+def _name(request: Request) -> Importance:
+    """The importance as a plan has it."""
+    return "reconstruction" if isinstance(request.importance, Reconstruction) else request.importance
+
+
+def _cut(model: nn.Module, group: Group, count: int, request: Request) -> Cut:
+    """So many units of a group go: these very ones, where images choose them."""
+    if not isinstance(request.importance, Reconstruction):
+        return Cut(group, count)
+    return Cut(group, count, units=tuple(smallest(ranks(model, group, request.importance), count)))
 
 
 def _unwatched(name: str, layer: nn.Module) -> Group:
@@ -252,13 +273,15 @@ class _Planner:
     def _plan(self, counts: Sequence[int], dead: Mapping[str, tuple[int, ...]] | None = None) -> Plan:
         costs, none = self._amounts.costs, [0] * len(counts)
         cuts = [
-            Cut(group, count, None if dead is None else dead[group.name])
+            _cut(self._model, group, count, self._request)
+            if dead is None
+            else Cut(group, count, dead[group.name])
             for group, count in zip(self._network.groups, counts)
             if count
         ]
         return Plan(
             tuple(cuts),
-            self._request.importance,
+            _name(self._request),
             watched=True,
             chosen=True,
             approximate=self._request.approximate,

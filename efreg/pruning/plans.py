@@ -20,12 +20,14 @@ FORMAT = 1
 class Cut:
     """A group and how many of its units go.
 
-    dead: which units go, where the plan was made for dead ones; else the weights of the day decide.
+    dead: which units go, where the plan was made for dead ones. units: which go, where images have chosen
+    them. Else the weights of the day decide.
     """
 
     group: Group
     removed: int
     dead: tuple[int, ...] | None = None
+    units: tuple[int, ...] | None = None
 
     def __post_init__(self):
         if not 0 < self.removed < self.group.size:
@@ -51,8 +53,9 @@ class LeftOut:
 class Plan:
     """Which groups lose how many units; which units these are is decided by the weights of the day.
 
-    Only a plan of dead units holds these very units. A plan that was made with example inputs knows what goes
-    together: `members`, `dead`, and `efreg.attach(..., scope="filter")`.
+    Only a plan of dead units, or of those that images have chosen, holds these very units. A plan that was
+    made with example inputs knows what goes together: `members`, `dead`, and `efreg.attach(...,
+    scope="filter")`.
 
     Iterating gives the groups' names, in the model's order; groups that lose nothing are not in it.
 
@@ -178,7 +181,8 @@ class Plan:
     def filters(self, model: nn.Module) -> dict[str, list[int]]:
         """The units that would go: of each group those of the smallest importance, in rising order.
 
-        Where importance ties, the lower index stays. A plan of dead units names those that were dead then.
+        Where importance ties, the lower index stays. A plan of dead units names those that were dead then,
+        one by reconstruction those that images chose.
         Raises ValueError for another model's plan, where a planned group has weights that are not finite, and
         where units that were dead no longer are.
         """
@@ -189,6 +193,8 @@ class Plan:
         return {cut.name: self._units(model, cut) for cut in self.cuts}
 
     def _units(self, model: nn.Module, cut: Cut) -> list[int]:
+        if cut.units is not None:
+            return list(cut.units)
         if cut.dead is None:
             return smallest(ranks(model, cut.group, self.importance), cut.removed)
         if alive := sorted(set(cut.dead) - set(cut.group.dead(model))):
@@ -241,13 +247,17 @@ class Plan:
                 raise KeyError("format")
             pair = {key: found[key] and tuple(found[key]) for key in ("macs", "parameters")}
             cuts = tuple(
-                Cut(_read(x["group"]), x["removed"], None if x["dead"] is None else tuple(x["dead"]))
+                Cut(_read(x["group"]), x["removed"], _units(x.get("dead")), _units(x.get("units")))
                 for x in found["cuts"]
             )
             left_out = tuple(LeftOut(_read(x["group"]), x["reason"]) for x in found["left_out"])
             return cls(**{**found, **pair, "cuts": cuts, "left_out": left_out})
         except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is no plan that efreg has saved ({error!r}): save it anew") from error
+
+
+def _units(written: list[int] | None) -> tuple[int, ...] | None:
+    return None if written is None else tuple(written)
 
 
 def _places(member: Member) -> str:
