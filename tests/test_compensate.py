@@ -172,10 +172,11 @@ def test_without_the_sum_the_reader_s_own_output_is_the_target():
     """Someone else takes in what lies between, so that the sum is not all that it is for."""
 
     def forward(self, x):
-        y = self.b(F.relu(self.a(x)))
-        return torch.cat([self.c(x) + y, y], 1)
+        hidden = F.relu(self.a(x))
+        y = self.b(hidden)
+        return torch.cat([F.relu(y), self.c(hidden) + y], 1)
 
-    model = Module(forward, a=nn.Linear(6, 8), b=nn.Linear(8, 4), c=nn.Linear(6, 4))
+    model = Module(forward, a=nn.Linear(6, 8), b=nn.Linear(8, 4), c=nn.Linear(8, 4))
     images = batches(6)
     small = halved(model, images[0], only="a")
     inputs, _ = seen(small, torch.cat(images), small.b)
@@ -330,6 +331,18 @@ def test_statistics_that_were_estimated_anew():
         assert (small(x) - model(x)).square().sum() < 0.5 * before
 
 
+def test_equal_units_with_other_statistics():
+    """The first of equal units were kept, whatever their statistics say."""
+    model, images = residual(), batches(3, 6, 6)
+    with torch.no_grad():
+        for parameter in model[1].inner[0].parameters():
+            parameter.copy_(parameter[:1].expand_as(parameter))
+        reader = model[1].inner[1].weight
+        reader.copy_(reader[:, :1].expand_as(reader))
+    small = efreg.recalibrate(halved(model, images[0], only="1.inner.0.0"), images)
+    assert efreg.compensate(small, model, images) is small
+
+
 def test_a_second_repair_goes_on_from_the_first():
     model, images = residual(), batches(3, 6, 6)
     small, x = halved(model, images[0]), torch.cat(images)
@@ -345,7 +358,7 @@ def test_wrapped_networks():
     small = halved(model, images[0])
     other = copy.deepcopy(small)
     efreg.compensate(small, model, images)
-    efreg.compensate(nn.DataParallel(other), nn.DataParallel(model), images)
+    efreg.compensate(nn.DataParallel(other), model, images)
     assert_bits(small, other)
 
 

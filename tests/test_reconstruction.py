@@ -109,6 +109,18 @@ READERS = [
 ]
 
 
+def test_units_that_have_more_columns_than_others():
+    model = Module(
+        lambda m, x: m.last(torch.cat([m.a(x).relu(), m.a(x).relu()[:, :3].square()], 1)),
+        a=nn.Linear(6, 7),
+        last=nn.Linear(10, 3),
+    )
+    x = torch.randn(128, 6)
+    (inputs,) = taken_in(model, x, model.last)
+    columns = [[n, 7 + n] if n < 3 else [n] for n in range(7)]
+    assert order_of(model, x)[:5] == greedy([(inputs, model.last.weight, columns)], 7, 5)
+
+
 @pytest.mark.parametrize("reader", READERS)
 def test_what_a_copy_makes_up_for_goes_first(reader):
     """Two units are copies of others: one of each pair goes, which costs nothing."""
