@@ -478,6 +478,20 @@ def test_an_empty_loader():
         efreg.compensate(halved(model, images[0]), model, [])
 
 
+def test_a_batch_that_takes_another_way():
+    model = Module(
+        lambda m, x: m.last(F.relu(m.first(x))) if x.mean() < 5 else x,
+        first=nn.Linear(6, 8),
+        last=nn.Linear(8, 6),
+    )
+    images = batches(6)
+    small = halved(model, images[0])
+    before = snapshot(small)
+    with pytest.raises(ValueError, match="batch 1 does not reach all layers .* 'last.weight': leave it out"):
+        efreg.compensate(small, model, [images[0], images[1] + 9])
+    assert_same(before, snapshot(small))
+
+
 def test_few_images_are_said_once(caplog):
     model, images = residual(), batches(3, 6, 6, size=1)
     efreg.compensate(halved(model, images[0]), model, images, positions=1)

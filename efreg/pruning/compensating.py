@@ -52,8 +52,9 @@ def compensate(
 ) -> nn.Module:
     """Repairs a pruned network on a thousand images, without training, in place. Returns it.
 
-    Each layer that reads a cut group gets the weights, and the constant, that by least squares give back what
-    the given network has there, one after the other in the order in which the network runs:
+    Each convolution and linear layer, from the first that reads a cut group on, gets the weights, and the
+    constant, that by least squares give back what the given network has there, one after the other in the
+    order in which the network runs:
 
         W̃ = W + E (A + λ I)⁻¹,  A = Σ x̃ x̃ᵀ,  E = Σ (t − t̃) / s · x̃ᵀ,  λ = ridge · mean(diag A)
 
@@ -63,7 +64,8 @@ def compensate(
     the given network, and t̃ in the small one, so that the error of the other branch is mended too. Elsewhere
     t = s · y. With a plain t this is W̃ = (Σ y x̃ᵀ + λ W) (A + λ I)⁻¹: a ridge towards the weights that were
     kept. A constant goes into the layer's bias, or else into the running mean of the batch norm behind it.
-    A layer is left as it is where that would not be nearer, on these images, to what it should give.
+    A layer is left as it is where that would not be nearer, on these images, to what it should give, so also
+    where nothing has changed what it reads.
 
     model: the network that `small` was cut from, by `prune`, as it was then; it is left as it is. What was
         kept is found from the parameters of both, so `small` may have been saved and loaded, moved, or given
@@ -165,11 +167,11 @@ def _kept(small: nn.Module, model: nn.Module, watched: Watched) -> tuple[Kept, l
 
 @dataclass(frozen=True)
 class _Reader:
-    """A weight that reads a cut group.
+    """A weight that is repaired, the `number`-th in the order of the run.
 
     links: in the small network and in the given one, of each call how many operations lie between output and
-    target. kept: the channels of the
-    given network's output that the small one has, None where it has all. constant: see `Branch`.
+    target. kept: the channels of the given network's output that the small one has, None where it has all.
+    reading: how it reads in the small one. constant: see `Branch`.
     """
 
     name: str
@@ -233,14 +235,15 @@ class _Taking(Following):
     """Rows of what readers read, and of what their outputs become, in one run; then the run ends.
 
     rows: of a reader, the number of a call and how many there are the rows to take. whole: whether the
-    network is the given one, of which only targets are wanted.
+    network is the given one, of which only targets are wanted. missing: readers, once for each call that has
+    not been seen to its end. inputs, found: by reader and call what it reads, and the target with its scale.
     """
 
     def __init__(self, network: nn.Module, readers: Sequence[_Reader], rows: Callable, *, whole: bool):
         super().__init__(network, [reader.name for reader in readers])
         self._readers = {reader.name: reader for reader in readers}
         self._rows, self._whole = rows, whole
-        self._missing = sum(reader.calls for reader in readers)
+        self.missing = [reader.name for reader in readers for _ in range(reader.calls)]
         self._chosen: dict[tuple[str, int], Tensor] = {}
         self.inputs: dict[tuple[str, int], Tensor] = {}
         self.found: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
@@ -256,9 +259,9 @@ class _Taking(Following):
         key = branch.reader, branch.number
         if branch.links == self._readers[branch.reader].links[self._whole][branch.number]:
             self.found[key] = branch.reading.outputs(branch.tensor, self._chosen[key]), branch.scale
-            self._missing -= 1
+            self.missing.remove(branch.reader)
             self.forget(branch)
-        if not self._missing:
+        if not self.missing:
             raise _Enough
 
 
@@ -318,7 +321,7 @@ class _Pair:
 
     def repair(self, readers: Sequence[_Reader], ridge: float, progress: Progress | None) -> None:
         """One reader after the other."""
-        short: dict[str, int] = {}
+        short: dict[str, float] = {}
         done = 0
         for together in self._portions(readers):
             targets = self._targets(together)
@@ -366,6 +369,11 @@ class _Pair:
             taking = _Taking(network, readers, rows, whole=whole)
             with suppress(_Enough), taking:
                 self._run(network, placed(batch, self._place))
+            if taking.missing:
+                raise ValueError(
+                    f"batch {number} does not reach all layers that the first one does, such as "
+                    f"{taking.missing[0]!r}: leave it out"
+                )
             yield taking
 
     def _targets(self, readers: Sequence[_Reader]) -> dict[str, list[Tensor]]:
