@@ -388,6 +388,7 @@ def test_the_pictures(reproduced):
 
 
 CALLED = {
+    "ladder p = 4 sparing": "ladder, sparing",
     "ladder p = 4": "ladder, p = 4",
     "ladder": "ladder",
     "L1": "L1",
@@ -492,6 +493,8 @@ def test_figure_2_in_a_table():
         for ratio, s in (("0.0", 1.0), ("0.5", 2.0))
     ]
     text = curves.table("Figure", made, curves.SHOWN)
+    assert "repaired" not in text
+    assert "repaired without training" in curves.table("", [replace(made[0], repaired=50.0)], curves.SHOWN)
     after, again = text.split("batch-norm statistics re-estimated")
     assert "| run | 0.0 | 0.5 | n | epochs | on |" in after
     assert "| L1 | 10.00 | 20.00 | 2 | 3 | cpu |" in after

@@ -116,6 +116,7 @@ COLORS = {
     "electrostatic, each step": "#5aa0d6",
     "ladder": "#16836b",
     "ladder, p = 4": "#7a4fa3",
+    "ladder, sparing": "#b39ad0",
     "fade": "#b5283c",
     "fade, forgetting": "#e07b8a",
     "nested": "#4d7c0f",

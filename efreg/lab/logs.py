@@ -54,11 +54,15 @@ def write_csv(path: str | Path, rows: Iterable[dict]) -> None:
 
 
 def read_csv(path: str | Path, kind: type[T]) -> list[T]:
-    """Rows that `write_csv` wrote, each as a dataclass of this kind. Raises ValueError for a damaged file."""
+    """Rows that `write_csv` wrote, each as a dataclass of this kind; a missing column has its default.
+
+    Raises ValueError for a damaged file.
+    """
     try:
         with open(path, newline="", encoding="utf-8") as file:
             return [
-                kind(**{f.name: f.type(row[f.name]) for f in fields(kind)}) for row in csv.DictReader(file)
+                kind(**{f.name: f.type(row[f.name]) for f in fields(kind) if f.name in row})
+                for row in csv.DictReader(file)
             ]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): remove it, and it is made again") from error

@@ -1,8 +1,10 @@
 """Accuracy against pruning ratio: one trained network, cut physically at every ratio, never trained again."""
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ class Cut:
     """A network pruned at `ratio`: accuracy in percent right after it, and with re-estimated statistics.
 
     ratio: the share of filters that each pruned layer loses, or a list of ratios as the papers have it.
+    repaired: accuracy after `efreg.compensate` instead; NaN where that was not asked for.
     """
 
     ratio: float | str
@@ -43,6 +46,7 @@ class Cut:
     recalibrated: float
     macs: int
     parameters: int
+    repaired: float = nan
 
 
 def sweep(
@@ -52,15 +56,17 @@ def sweep(
     planning: Planning = PAPERS,
     ratios: Iterable[float | str] = RATIOS,
     dtype: torch.dtype = torch.float32,
+    repair: int = 0,
     tick: Callable[[], None] = lambda: None,
 ) -> list[Cut]:
     """The network cut at each of the ratios, every time from the whole one; `tick` is called after each.
 
-    dtype: what the networks compute in when they are evaluated and their statistics re-estimated.
+    dtype: what the networks compute in when they are evaluated and their statistics re-estimated. repair: on
+    how many training images they are repaired, none with 0.
     """
     cuts = []
     for ratio in ratios:
-        cuts.append(_cut(model, images, ratio, planning, dtype))
+        cuts.append(_cut(model, images, ratio, planning, dtype, repair))
         tick()
     return cuts
 
@@ -151,13 +157,31 @@ def _draw(path: Path, cuts: Sequence[Cut], settings: Settings) -> None:
 
 
 def _cut(
-    model: nn.Module, images: data.Data, ratio: float | str, planning: Planning, dtype: torch.dtype
+    model: nn.Module,
+    images: data.Data,
+    ratio: float | str,
+    planning: Planning,
+    dtype: torch.dtype,
+    repair: int,
 ) -> Cut:
     example = next(images.test.batches(2))[0]
     small = pruned(model, ratio, example, planning)
     accuracy = engine.evaluate(small, images.test, dtype=dtype)[1]
     macs = efreg.macs(small, example[:1])
+    repaired = accuracy if repair else nan
+    if repair and macs < efreg.macs(model, example[:1]):
+        repaired = _repaired(small, model, images, dtype, repair)
     with engine.computing(dtype, example.device):
         efreg.recalibrate(small, islice(images.train.epoch(250, 0, 0), STATISTICS_BATCHES))
     recalibrated = engine.evaluate(small, images.test, dtype=dtype)[1]
-    return Cut(ratio, accuracy, recalibrated, macs, sum(p.numel() for p in small.parameters()))
+    parameters = sum(p.numel() for p in small.parameters())
+    return Cut(ratio, accuracy, recalibrated, macs, parameters, repaired)
+
+
+def _repaired(
+    small: nn.Module, model: nn.Module, images: data.Data, dtype: torch.dtype, repair: int
+) -> float:
+    """The accuracy of a copy of the small network that was repaired on so many training images."""
+    copied = copy.deepcopy(small)
+    efreg.compensate(copied, model, images.train.epoch(250, 0, 0), images=repair)
+    return engine.evaluate(copied, images.test, dtype=dtype)[1]

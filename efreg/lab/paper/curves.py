@@ -2,13 +2,18 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite, nan
 
 from efreg.lab.paper import markdown
 from efreg.lab.paper.cuts import Outcome
 from efreg.lab.paper.spread import spread
 from efreg.lab.paper.tables import seeds_together
 
-SHOWN = {"accuracy": "right after pruning", "recalibrated": "batch-norm statistics re-estimated"}
+SHOWN = {
+    "accuracy": "right after pruning",
+    "recalibrated": "batch-norm statistics re-estimated",
+    "repaired": "repaired without training",
+}
 """The accuracies of a cut, and how each is called."""
 
 
@@ -32,6 +37,8 @@ class Point:
     diverged: int
     epochs: str
     on: str
+    repaired: float = nan
+    repaired_deviation: float = nan
 
 
 def points(titles: Mapping[str, str], outcomes: Iterable[Outcome]) -> list[Point]:
@@ -40,7 +47,8 @@ def points(titles: Mapping[str, str], outcomes: Iterable[Outcome]) -> list[Point
 
 
 def _point(network: str, found: Sequence[Outcome]) -> Point:
-    first, accuracy, recalibrated = found[0], *(spread(getattr(x, what) for x in found) for what in SHOWN)
+    first = found[0]
+    accuracy, recalibrated, repaired = (spread(getattr(x, what) for x in found) for what in SHOWN)
     return Point(
         group=first.group,
         network=network,
@@ -51,6 +59,8 @@ def _point(network: str, found: Sequence[Outcome]) -> Point:
         accuracy_deviation=accuracy.deviation,
         recalibrated=recalibrated.mean,
         recalibrated_deviation=recalibrated.deviation,
+        repaired=repaired.mean,
+        repaired_deviation=repaired.deviation,
         n=accuracy.n,
         diverged=accuracy.diverged,
         epochs=first.epochs,
@@ -58,12 +68,18 @@ def _point(network: str, found: Sequence[Outcome]) -> Point:
     )
 
 
+def known(points: Iterable[Point], shown: Iterable[str]) -> list[str]:
+    """The accuracies that are to be shown, without those of repairs where nothing was repaired."""
+    repaired = any(isfinite(point.repaired) for point in points)
+    return [what for what in shown if repaired or what != "repaired"]
+
+
 def table(heading: str, points: Sequence[Point], shown: Iterable[str]) -> str:
     """Markdown: of each network a table for each of the accuracies that are to be shown."""
     parts = [f"### {heading}"]
     for network in dict.fromkeys(point.network for point in points):
         own = [point for point in points if point.network == network]
-        for what in shown:
+        for what in known(own, shown):
             parts += [f"{network}: accuracy in %, {SHOWN[what]}", _table(own, what)]
     parts += ["Means over n seeds, ± standard deviation, on the whole test set."]
     return "\n\n".join(parts)

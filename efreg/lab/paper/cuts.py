@@ -26,8 +26,9 @@ class Outcome:
 
     ratio: the share of filters removed, or a list. before: accuracy of the whole network. accuracy,
     recalibrated: right after pruning, and with re-estimated batch-norm statistics; fine_tuned: after training
-    on. macs_before, macs: of an image. epochs: of each training on the way, such as "200 + 200 + 120". on:
-    what computed, in which precision.
+    on; repaired: after a repair without training, NaN where the group has none. macs_before, macs: of an
+    image. epochs: of each training on the way, such as "200 + 200 + 120". on: what computed, in which
+    precision.
     """
 
     group: str
@@ -42,6 +43,7 @@ class Outcome:
     macs: int
     epochs: str
     on: str
+    repaired: float = nan
 
     @property
     def speedup(self) -> float:
@@ -88,7 +90,8 @@ class Job:
     def outcomes(self) -> Path:
         """The file of what is left of it at the group's cuts."""
         tuning = self.recipe.fine_tune and runs.digest(self.recipe.fine_tune)
-        return self._file(".csv", self.group.cuts, tuning)
+        repair = [("repair", self.group.repair)] if self.group.repair else []
+        return self._file(".csv", self.group.cuts, tuning, *repair)
 
     def narrow(self, ratio: float | str) -> Path:
         """The file of the network cut so, before it is trained on."""
@@ -174,7 +177,8 @@ def _measure(job: Job, say: Say, tick: runs.Tick) -> list[Outcome]:
     images = images._replace(test=images.test.share(part))
     ratios = dict.fromkeys((0.0, *job.group.cuts))
     planning = engine.cutting(job.settings, images.info.num_classes, images.info.shape)
-    found = sweep(network, images, planning=planning, ratios=ratios, dtype=_dtype(job.settings))
+    dtype, repair = _dtype(job.settings), job.group.repair
+    found = sweep(network, images, planning=planning, ratios=ratios, dtype=dtype, repair=repair)
     at = {cut.ratio: cut for cut in found}
     return [
         _outcome(job, at[0.0], at[ratio], _fine_tuned(job, network, ratio, images, say, tick))
@@ -196,6 +200,7 @@ def _outcome(job: Job, whole: Cut, cut: Cut, fine_tuned: float) -> Outcome:
         macs=cut.macs,
         epochs=job.course,
         on=job.on,
+        repaired=cut.repaired,
     )
 
 

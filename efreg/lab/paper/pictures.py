@@ -9,7 +9,7 @@ import torch
 
 from efreg.lab import data, engine, figures
 from efreg.lab.paper import cuts, markdown, runs
-from efreg.lab.paper.curves import SHOWN, Point
+from efreg.lab.paper.curves import SHOWN, Point, known
 from efreg.lab.paper.cuts import Job, Say
 from efreg.lab.paper.recipes import Group, Recipe
 from efreg.lab.paper.studies import force_of, scope_of
@@ -24,7 +24,7 @@ SHARES = (0.01, 0.1, 0.5)
 def accuracies(stem: Path, heading: str, group: Group, points: Sequence[Point], shown: Iterable[str]) -> str:
     """Figure 2: these accuracies against the ratio, the first against the speedup too. Names the files."""
     looks = looks_of(group)
-    panels = [_accuracies(points, looks, SHOWN[what], what) for what in shown]
+    panels = [_accuracies(points, looks, SHOWN[what], what) for what in known(points, shown)]
     panels.insert(1, _accuracies(points, looks, "the same, over the speedup", "accuracy", over_speedup=True))
     subtitle = f"{group.title}, whole test set: {_epochs(group)}, {_seeds(points)}"
     return _draw(stem, panels, heading, subtitle)

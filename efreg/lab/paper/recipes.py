@@ -66,6 +66,7 @@ class Group:
     weights: str | None = None
     weights_from: str = "where they are published"
     norms: tuple[str, ...] = ()
+    repair: int = 0
 
     @property
     def base(self) -> Settings:
@@ -123,6 +124,7 @@ def _naming(name: str) -> Iterator[None]:
 def _group(name: str, told: dict[str, Any]) -> Group:
     told = dict(_typed(told, dict, "a group"))
     more = {key: _typed(told.pop(key), str, key) for key in ("weights", "weights_from") if key in told}
+    more["repair"] = _typed(told.pop("repair", 0), int, "repair")
     seeds = told.pop("seeds", Recipe.seeds)
     title = _typed(_taken(told, "title"), str, "title")
     lists = {key: tuple(_typed(told.pop(key, []), list, key)) for key in ("shown", "norms")}

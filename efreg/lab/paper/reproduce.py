@@ -72,7 +72,9 @@ def run(
                 return _figure3(output, known, chosen)
             outcomes = _outcomes(known, chosen, seeds, output)
             if what == "figure2":
-                return _figure2(output, known, outcomes, curves.SHOWN if recalibrated else ("accuracy",))
+                left_out = () if recalibrated else ("recalibrated",)
+                shown = [what for what in curves.SHOWN if what not in left_out]
+                return _figure2(output, known, outcomes, shown)
             show = _unaided if what == "no-finetuning" else _fine_tuned
             show(output, known, outcomes)
 

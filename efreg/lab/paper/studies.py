@@ -23,6 +23,7 @@ ONCE = Force("electrostatic, once", {"law": "electrostatic"})
 EACH_STEP = Force("electrostatic, each step", {"law": "electrostatic", "refresh": 1})
 LADDER = Force("ladder", {"law": "ladder"})
 LADDER_4 = Force("ladder, p = 4", {"law": "ladder:power=4"})
+LADDER_SPARING = Force("ladder, sparing", {"law": "ladder:power=4,spare=0.3"})
 NESTED = Force("nested")
 FADE = Force("fade", {"law": "fade"})
 FORGETTING = Force("fade, forgetting", {"law": "fade:forget=true"})
@@ -35,7 +36,7 @@ def force_of(settings: Settings) -> Force:
         return NESTED if beside is NO_FORCE else Force(f"nested, {beside.name.partition(',')[0]}")
     if settings.epochs == 0 or (settings.alpha == 0 and not engine.fades(settings)):
         return NO_FORCE
-    kinds = (FADE, FORGETTING, LADDER_4, LADDER, EACH_STEP, ONCE, GROUP_LASSO, L1)
+    kinds = (FADE, FORGETTING, LADDER_SPARING, LADDER_4, LADDER, EACH_STEP, ONCE, GROUP_LASSO, L1)
     own = Force(settings.law)
     return next((kind for kind in kinds if kind.settings.items() <= vars(settings).items()), own)
 
