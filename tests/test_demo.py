@@ -3,6 +3,7 @@
 import csv
 import io
 from dataclasses import replace
+from math import isnan
 
 import pytest
 import torch
@@ -23,9 +24,10 @@ NAMES = [
     "L1, whole filter",
     "electrostatic, whole filter",
     "ladder, whole filter",
+    "fade, 70 %, whole filter",
 ]
 RATIOS = (0.0, 0.5, 0.9)
-STEMS = [name.lower().replace(", ", "-").replace(" ", "-") for name in NAMES]
+STEMS = [name.lower().replace(" %", "").replace(", ", "-").replace(" ", "-") for name in NAMES]
 
 
 pytestmark = pytest.mark.usefixtures("few_digits")
@@ -71,17 +73,21 @@ def test_the_table_has_every_force_at_every_ratio(shown):
     ]
     assert list(sweeps) == NAMES
     for row, cut in zip(rows, (cut for found in sweeps.values() for cut in found), strict=True):
-        assert {name: float(row[name]) for name in vars(cut)} == vars(cut)
+        found = {name: float(row[name]) for name in vars(cut)}
+        assert isnan(found.pop("repaired")) == (row["force"] != "no force")
+        assert found == {name: value for name, value in vars(cut).items() if name != "repaired"}
         assert float(row["step_time"]) > 0
     assert {row["step_time"] for row in rows if row["force"] == "no force"} == {"1.0"}
     shown_table = printed.partition("Accuracy in %")[2].partition("Half of the filters")[0]
     lines = [line.strip() for line in shown_table.splitlines()]
     for name in NAMES:
-        right_after, re_estimated = (
+        right_after, re_estimated, *repaired = (
             line.split()[-len(RATIOS) :] for line in lines if line.startswith(f"{name} ")
         )
         assert right_after == [f"{cut.accuracy:.0f}" for cut in sweeps[name]]
         assert re_estimated == [f"{cut.recalibrated:.0f}" for cut in sweeps[name]]
+        own = [f"{cut.repaired:.0f}" for cut in sweeps[name]]
+        assert repaired == ([own] if name == "no force" else [])
 
 
 def without_times(out):

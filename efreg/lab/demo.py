@@ -1,4 +1,4 @@
-"""The demo: digits, a small ResNet, eight ways to train it on, and what is left of each when it is cut."""
+"""The demo: digits, a small ResNet, nine ways to train it on, and what is left of each when it is cut."""
 
 import copy
 import statistics
@@ -26,13 +26,21 @@ TIMED_STEPS = 40
 """Training steps with each force that are timed, each beside one without."""
 
 
+REPAIR = 1000
+"""Training images on which the network that no force trained is repaired."""
+
+
 @dataclass(frozen=True)
 class Contender:
-    """A way to train on: its name in the table, its line, and what `efreg.attach` is given; None: nothing."""
+    """A way to train on: its name in the table, its line, and what `efreg.attach` is given; None: nothing.
+
+    fades: the share of the filters that fade over the first quarter of the steps.
+    """
 
     name: str
     look: figures.Look
     options: Mapping[str, Any] | None
+    fades: float | None = None
 
 
 FIGURES = {"accuracy": "right after pruning", "recalibrated": "batch-norm statistics re-estimated"}
@@ -42,6 +50,7 @@ WHOLE = ", whole filter"
 """What the names of forces on the whole filter end with."""
 
 NO_FORCE, L1 = "no force", "L1"
+REPAIRED = "no force, repaired"
 ONCE, EACH_STEP = "electrostatic, once", "electrostatic, each step"
 CONTENDERS = (
     Contender(NO_FORCE, look_of(NO_FORCE), None),
@@ -56,9 +65,11 @@ CONTENDERS = (
         look_of("ladder", "filter"),
         {"law": "ladder", "alpha": 1e-1, "scope": "filter", "update": "proximal"},
     ),
+    Contender(f"fade, 70 %{WHOLE}", look_of("fade", "filter"), {}, fades=0.7),
 )
 """On the weights, as the paper has it: electrostatic force with charges at both readings, beside L1 at its
-best α here; then on all that removal takes from a filter. Where nothing is said charges are taken once."""
+best α here; then on all that removal takes from a filter; then a fade, which has a target and no strength.
+Where nothing is said charges are taken once."""
 
 
 def run(out: str | Path, *, seed: int = 0, epochs: int = 60, console: Console) -> dict[str, list[Cut]]:
@@ -116,7 +127,7 @@ def _start(settings: Settings, images: data.Data, bar) -> nn.Module:
 
 def _train_on(start: nn.Module, force: Contender, settings: Settings, images: data.Data, bar) -> nn.Module:
     model = copy.deepcopy(start)
-    attached = _attach(model, force, images)
+    attached = _attach(model, force, images, settings.epochs * engine.steps_per_epoch(images.train, settings))
     _train(model, Settings(**{**vars(settings), "seed": settings.seed + 1}), images, bar, force.name)
     if attached:
         attached.detach()
@@ -132,13 +143,14 @@ def _train(model: nn.Module, settings: Settings, images: data.Data, bar, name: s
     bar.update(task, note=f"{engine.evaluate(model, images.test)[1]:.1f} %")
 
 
-def _attach(model: nn.Module, force: Contender, images: data.Data) -> efreg.Attachment | None:
-    """The force on the layers that will be pruned, as in the paper."""
+def _attach(model: nn.Module, force: Contender, images: data.Data, steps: int) -> efreg.Attachment | None:
+    """The force on the layers that will be pruned, as in the paper, for a training of so many steps."""
     if force.options is None:
         return None
     example = next(images.test.batches(2))[0]
-    plan = efreg.plan(model, ratio=0.5, coupled=False, example_inputs=example)
-    return efreg.attach(model, layers=plan, check=None, **force.options)
+    plan = efreg.plan(model, ratio=force.fades or 0.5, coupled=False, example_inputs=example)
+    options = {"law": efreg.Fade(max(1, steps // 4))} if force.fades else force.options
+    return efreg.attach(model, layers=plan, check=None, **options)
 
 
 def _step_times(start: nn.Module, settings: Settings, images: data.Data, bar) -> dict[str, float]:
@@ -155,7 +167,7 @@ def _step_time(start: nn.Module, force: Contender, settings: Settings, images: d
     if force.options is None:
         return 1.0
     models = copy.deepcopy(start), copy.deepcopy(start)
-    attached = _attach(models[0], force, images)
+    attached = _attach(models[0], force, images, TIMED_STEPS)
     optimizers = [engine.sgd(model, settings) for model in models]
     batch = next(images.train.batches(settings.batch_size))
     ratios = []
@@ -176,25 +188,27 @@ def _seconds(function) -> float:
 
 def _sweep(name: str, network: nn.Module, images: data.Data, bar) -> list[Cut]:
     task = bar.add_task(f"pruning: {name}", total=len(RATIOS), note="")
-    return sweep(network, images, ratios=RATIOS, tick=lambda: bar.advance(task))
+    repair = REPAIR if name == NO_FORCE else 0
+    return sweep(network, images, ratios=RATIOS, repair=repair, tick=lambda: bar.advance(task))
 
 
 def _save(folder: Path, networks: Mapping[str, nn.Module], images: data.Data) -> None:
     """Each network whole, and without half of its filters."""
     example = next(images.test.batches(2))[0]
     for name, network in networks.items():
-        stem = name.replace(", ", "-").replace(" ", "-").lower()
+        stem = name.replace(", ", "-").replace(" %", "").replace(" ", "-").lower()
         efreg.save(network, folder / f"{stem}.safetensors")
         plan = efreg.plan(network, ratio=0.5, coupled=False, example_inputs=example)
         efreg.save(efreg.prune(network, plan, example_inputs=example), folder / f"{stem}-half.safetensors")
 
 
 def _draw(path: Path, sweeps: Mapping[str, Sequence[Cut]], epochs: int) -> None:
-    looks = {force.name: force.look for force in CONTENDERS}
+    looks = {force.name: force.look for force in CONTENDERS} | {REPAIRED: look_of(NO_FORCE, style="--")}
 
     def curves(figure: str) -> list[figures.Curve]:
         kept = {name: [getattr(cut, figure) for cut in cuts] for name, cuts in sweeps.items()}
         flattest = min(kept, key=lambda name: kept[name][0] - statistics.mean(kept[name]))
+        kept[REPAIRED] = [cut.repaired for cut in sweeps[NO_FORCE]]
         return [
             figures.Curve(
                 name, [100 * ratio for ratio in RATIOS], values, strong=name == flattest, look=looks[name]

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from math import nan
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,8 @@ def rows(cuts: Iterable[Cut], **more) -> list[dict]:
 def accuracy_table(
     sweeps: Mapping[str, Sequence[Cut]], step_times: Mapping[str, float] | None = None
 ) -> Table:
-    """One row a sweep, one column a ratio; then the same with re-estimated statistics, then what a cut costs.
+    """One row a sweep, one column a ratio; then the same with re-estimated statistics, and of those that were
+    repaired; then what a cut costs.
 
     step_times: of each sweep the time of a training step, relative to one without a force.
     """
@@ -104,6 +105,14 @@ def accuracy_table(
     table.add_row("[bold]statistics re-estimated[/bold]")
     for name, found in sweeps.items():
         table.add_row(name, "", *(f"{cut.recalibrated:.0f}" for cut in found))
+    repaired = {
+        name: found for name, found in sweeps.items() if not any(isnan(cut.repaired) for cut in found)
+    }
+    if repaired:
+        table.add_section()
+        table.add_row("[bold]repaired without training[/bold]")
+    for name, found in repaired.items():
+        table.add_row(name, "", *(f"{cut.repaired:.0f}" for cut in found))
     table.add_section()
     table.add_row("MACs left, %", "", *(f"{100 * cut.macs / cuts[0].macs:.0f}" for cut in cuts))
     table.add_row(
