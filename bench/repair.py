@@ -35,6 +35,8 @@ COLUMNS = (*KEYS, "cut", "statistics", "repaired", "seconds", "peak_mb", "thread
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", default="data", help="folder of CIFAR-10 and of weights/")
 parser.add_argument("--only", nargs="+", default=list(WEIGHTS), choices=WEIGHTS)
+parser.add_argument("--importances", nargs="+", default=list(IMPORTANCES), choices=IMPORTANCES)
+parser.add_argument("--images", nargs="+", type=int, default=list(IMAGES))
 parser.add_argument("--table", action="store_true", help="print what is there, measure nothing")
 
 
@@ -60,7 +62,7 @@ def network(name: str, folder: str) -> torch.nn.Module:
     """With its public weights, in eval mode."""
     model = models.build(name, 10, 3)
     model.load_state_dict(checkpoints.load_weights(Path(folder, "weights", WEIGHTS[name])))
-    return model.eval()
+    return model.eval().to(memory_format=torch.channels_last)  # a third faster on a CPU
 
 
 def measure(name: str, importance: str, ratio: float, counts: list[int], model, images) -> None:
@@ -118,8 +120,8 @@ def main() -> None:
         images = data.load("cifar10", options.data)
         for name in options.only:
             model = network(name, options.data)
-            for importance, ratio in product(IMPORTANCES, RATIOS):
-                counts = [n for n in IMAGES if (name, importance, str(ratio), str(n)) not in there]
+            for importance, ratio in product(options.importances, RATIOS):
+                counts = [n for n in options.images if (name, importance, str(ratio), str(n)) not in there]
                 if counts:
                     measure(name, importance, ratio, counts, model, images)
     print(table(rows()))
