@@ -28,6 +28,8 @@ CASES = {
     "paper": PLAIN,
     "ladder": replace(PLAIN, **LADDER),
     "held out": replace(PLAIN, held_out=41),
+    "fade": replace(PLAIN, law="fade", alpha=0.0, alpha_until=0.5),
+    "nested": replace(PLAIN, alpha=0.0, nested=(0, 0.3, 0.5, 0.7)),
     "compiled": replace(PLAIN, step="compile", epochs=1),
     "folders": replace(PLAIN, dataset="imagefolder", data="images", batch_size=4),
     "batch norm": replace(PLAIN, model="normed"),
