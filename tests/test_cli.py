@@ -387,7 +387,7 @@ def test_a_sweep_shows_every_ratio(trained, tmp_path, capsys):
     """The first row is the network as it was trained; its accuracy is the log's."""
     from PIL import Image
 
-    assert cli.main(["sweep", str(trained / "checkpoint.pt"), "--out", "swept"]) == 0
+    assert cli.main(["sweep", str(trained / "checkpoint.pt"), "--out", "swept", "--repair", "100"]) == 0
     printed = capsys.readouterr().out
     assert all(re.search(rf"\b{percent}\b", printed) for percent in range(0, 100, 10))
     with open("swept/sweep.csv", newline="") as file:
@@ -398,6 +398,8 @@ def test_a_sweep_shows_every_ratio(trained, tmp_path, capsys):
     assert float(rows[0]["accuracy"]) == float(log[-1]["test_accuracy"])
     macs = [int(row["macs"]) for row in rows]
     assert macs == sorted(macs, reverse=True)
+    assert float(rows[0]["repaired"]) == float(rows[0]["accuracy"])
+    assert sum(float(row["repaired"]) > float(row["accuracy"]) for row in rows) > 5
     with Image.open("swept/sweep.png") as picture:
         assert picture.size[0] > 1000
         assert len(set(picture.convert("L").tobytes())) > 50

@@ -42,7 +42,8 @@ def _sweep(arguments: Namespace) -> None:
 
     from efreg.lab import sweep
 
-    sweep.run(arguments.checkpoint, arguments.out, data_folder=arguments.data, console=Console())
+    given = {"data_folder": arguments.data, "repair": arguments.repair}
+    sweep.run(arguments.checkpoint, arguments.out, **given, console=Console())
 
 
 def _paper(arguments: Namespace) -> None:
@@ -122,6 +123,9 @@ def _train_options(parser: ArgumentParser) -> None:
 def _sweep_options(parser: ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="a checkpoint.pt that `efreg train` wrote")
     parser.add_argument("--data", metavar="DIR", help="folder of the data set, if it was moved")
+    parser.add_argument(
+        "--repair", type=int, default=0, metavar="N", help="repair what is cut, too, on N training images"
+    )
     parser.add_argument("--out", type=Path, help="folder to write to (the checkpoint's)")
 
 
@@ -176,7 +180,7 @@ COMMANDS = (
     Command(
         "sweep",
         "accuracy of a trained network at every ratio",
-        ("efreg sweep runs/c10/checkpoint.pt",),
+        ("efreg sweep runs/c10/checkpoint.pt", "efreg sweep runs/c10/checkpoint.pt --repair 1000"),
         _sweep,
         _sweep_options,
     ),

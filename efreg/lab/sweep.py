@@ -122,11 +122,17 @@ def accuracy_table(
 
 
 def run(
-    checkpoint: str | Path, out: str | Path | None, *, data_folder: str | None = None, console: Console
+    checkpoint: str | Path,
+    out: str | Path | None,
+    *,
+    data_folder: str | None = None,
+    repair: int = 0,
+    console: Console,
 ) -> list[Cut]:
     """Sweeps a checkpoint of `efreg train` on its data set: prints a table, writes sweep.csv and sweep.png.
 
     out: a folder; None is the checkpoint's own. data_folder: where the data set lies now, if it was moved.
+    repair: on how many training images the cut networks are repaired, none with 0.
     """
     trained = checkpoints.load(checkpoint)
     settings = trained.settings
@@ -141,7 +147,8 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     with progress(console) as bar:
         task = bar.add_task("pruning", total=len(RATIOS), note="")
-        cuts = sweep(model, images, planning=engine.ranked(trained), tick=lambda: bar.advance(task))
+        planning = engine.ranked(trained)
+        cuts = sweep(model, images, planning=planning, repair=repair, tick=lambda: bar.advance(task))
     write_csv(out / "sweep.csv", rows(cuts))
     _draw(out / "sweep.png", cuts, settings)
     console.print(accuracy_table({settings.model: cuts}))
@@ -155,6 +162,8 @@ def _draw(path: Path, cuts: Sequence[Cut], settings: Settings) -> None:
         figures.Curve("right after pruning", removed, [cut.accuracy for cut in cuts]),
         figures.Curve("statistics re-estimated", removed, [cut.recalibrated for cut in cuts]),
     ]
+    if not any(isnan(cut.repaired) for cut in cuts):
+        curves.append(figures.Curve("repaired without training", removed, [cut.repaired for cut in cuts]))
     strength = f"{settings.law}, α = {settings.alpha:g}" if settings.alpha else "no force"
     force = settings.law if engine.fades(settings) else strength
     figures.draw_panels(
