@@ -28,7 +28,7 @@ from efreg.groups import Group, Member
 from efreg.pruning.compensating import compensate
 from efreg.pruning.files import load, save
 from efreg.pruning.inspecting import Inspection, inspect
-from efreg.pruning.nesting import Nesting, nested
+from efreg.pruning.nesting import Nesting, Ranking, nested
 from efreg.pruning.planning import plan
 from efreg.pruning.plans import Plan
 from efreg.pruning.recalibrating import recalibrate
@@ -58,6 +58,7 @@ __all__ = [
     "Nesting",
     "Plan",
     "PruningError",
+    "Ranking",
     "Report",
     "Torque",
     "attach",

@@ -284,3 +284,124 @@ def test_by_name():
     assert efreg.resolve("fade:steps=7,forget=true", None) == efreg.Fade(7, forget=True)
     with pytest.raises(ValueError, match="has no strength: leave alpha=0.1 out"):
         efreg.resolve("fade:steps=7", 0.1)
+
+
+# What a review found
+
+
+class Planned(efreg.Law):
+    """A law of the user's own that pulls what the plan removes, and nothing else."""
+
+    needs_plan = True
+
+    def coefficients(self, charges):
+        return self.alpha * charges.planned.to(charges.magnitude)
+
+
+class Slowly(Planned):
+    """One that takes a share of it at each step, the same at all."""
+
+    direction, scope, update, paced = "share", "filter", "proximal", False
+
+
+def test_a_law_of_the_users_own_knows_what_is_planned(net, plan):
+    before, units = net.wide.weight.detach().clone(), plan.filters(net)["wide"]
+    efreg.attach(net, law=Planned(1.0), layers=plan, update="proximal")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    shrunk = before.sign() * (before.abs() - 0.01).clamp_min(0)
+    expected = before.clone()
+    expected[units] = shrunk[units]
+    torch.testing.assert_close(net.wide.weight.detach(), expected)
+
+
+def test_a_share_that_never_ends_leaves_the_optimizers_state(net, plan):
+    planned = [(p, mask, p[mask].clone()) for p, mask in written(net, plan)]
+    efreg.attach(net, law=Slowly(0.01), layers=plan)
+    optimizer = torch.optim.Adam(net.parameters(), 0.0)
+    train(net, optimizer, 2)
+    for p, mask, first in planned:
+        torch.testing.assert_close(p[mask], first * 0.99**2)
+        assert optimizer.state[p]["exp_avg_sq"][mask].any()
+
+
+def test_a_choice_that_failed_is_made_at_the_next_step(net):
+    """Taylor ranks by gradients, which are not there yet."""
+    plan = efreg.plan(net, ratio=0.5, example_inputs=X)
+    object.__setattr__(plan, "importance", "taylor")
+    force = efreg.attach(net, law=efreg.Fade(2), layers=plan)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    with pytest.raises(ValueError, match="has no gradient"):
+        optimizer.step()
+    assert force.steps == 0
+    train(net, optimizer, 2)
+    assert all(plan.dead(net).values())
+
+
+def test_groups_that_come_later_are_not_forgotten_yet(net, plan):
+    """Each parameter fades by its own count."""
+    late = [*net.wide.parameters(), *net.deep.parameters()]
+    first = [p for p in net.parameters() if not any(p is x for x in late)]
+    efreg.attach(net, law=efreg.Fade(3), layers=plan)
+    optimizer = torch.optim.SGD(first, lr=0.1)
+    train(net, optimizer, 2)
+    optimizer.add_param_group({"params": late})
+    train(net, optimizer, 1)
+    mask = torch.zeros(8, dtype=torch.bool)
+    mask[plan.filters(net)["wide"]] = True
+    assert net.wide.weight.grad[mask].any() and net.wide.weight[mask].any()
+
+
+def test_it_ends_where_a_group_is_gone(net, plan, caplog):
+    force = efreg.attach(net, law=efreg.Fade(9), layers=plan)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    train(net, optimizer, 1)
+    net.wide = nn.Conv2d(6, 4, 1).double()
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    force.detach()
+    force.detach()
+    assert "not dead yet: stem" in " ".join(warnings(caplog))
+
+
+def test_what_no_optimizer_steps_is_not_dead_at_the_end(net, plan, caplog):
+    net.norm.requires_grad_(False)
+    with efreg.attach(net, law=efreg.Fade(2), layers=plan):
+        train(net, torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1), 3)
+    assert any("not dead yet: stem" in said for said in warnings(caplog))
+
+
+def test_units_that_are_heard_at_zero_are_named(caplog):
+    net = nn.Sequential(nn.Conv2d(2, 6, 1), nn.Sigmoid(), nn.Conv2d(6, 2, 1))
+    plan = efreg.plan(net, ratio=0.5, example_inputs=torch.randn(1, 2, 3, 3))
+    efreg.attach(net, law=efreg.Fade(2), layers=plan)
+    (said,) = warnings(caplog)
+    assert "heard even where all that writes them is zero" in said and ": 0;" in said
+
+
+@pytest.mark.parametrize("given", [{"max_coefficient": 0.1}, {"refresh": 2}])
+def test_options_that_would_undo_it_are_refused(net, plan, given):
+    with pytest.raises(ValueError, match="Fade has a pace of its own: leave"):
+        efreg.attach(net, law=efreg.Fade(3), layers=plan, **given)
+
+
+def test_a_loop_of_ones_own_cannot_pull_or_forget(net, plan):
+    with pytest.raises(ValueError, match="call shrink"):
+        efreg.attach(net, law=efreg.Fade(3), layers=plan).pull()
+    with pytest.raises(ValueError, match="leave forget=True out"):
+        efreg.attach(net, law=efreg.Fade(3, forget=True), layers=plan).shrink(0.1)
+
+
+@pytest.mark.parametrize(
+    "law", [efreg.Fade(3), Planned(1.0), Slowly(0.1)], ids=lambda law: type(law).__name__
+)
+def test_it_is_no_term_of_a_loss(net, plan, law):
+    with pytest.raises(ValueError, match="is no term of a loss"):
+        efreg.penalty(net, law, layers=plan)
+
+
+def test_it_can_be_hashed():
+    assert hash(efreg.Fade(3, units={"wide": [1]})) == hash(efreg.Fade(3))

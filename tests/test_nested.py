@@ -285,3 +285,89 @@ def test_what_cannot_be_nested_is_refused(net, plan):
     widths = efreg.nested(net, efreg.plan(net, {"wide": 0.5}, example_inputs=X))
     with pytest.raises(ValueError, match="'stem' is not nested"):
         efreg.plan(net, ratio=0.5, importance=widths.importance, example_inputs=X)
+
+
+# What a review found
+
+
+def test_once_is_enough(net, plan):
+    widths = efreg.nested(net, plan, only(0.5))
+    with pytest.raises(ValueError, match="nested already"):
+        efreg.nested(net, plan, only(0.7))
+    widths.detach()
+    efreg.nested(net, plan, only(0.7)).detach()
+
+
+class Tied(nn.Module):
+    """One weight that reads in two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(2, 6, 1), nn.Conv2d(6, 3, 1), nn.Conv2d(6, 3, 1)
+        self.c.weight = self.b.weight
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        return self.b(x) - 2 * self.c(x.roll(1, 3))
+
+
+def test_a_tied_weight_hides_wherever_it_reads():
+    net = Tied().double().train()
+    plan = efreg.plan(net, ratio=0.5, example_inputs=X)
+    with efreg.nested(net, plan, only(0.5)) as widths:
+        small = efreg.prune(net, widths.plan(0.5, example_inputs=X), example_inputs=X)
+        torch.testing.assert_close(net(X), small.train()(X))
+    assert net.c.weight is net.b.weight
+
+
+def test_parts_alone_again_and_again(net, plan):
+    """Passes without gradients in between, and two backward passes in a step, as without nesting."""
+    z = torch.randn(1, 6, 2, 2, dtype=torch.float64)
+    with efreg.nested(net, plan, only(0.5)):
+        with torch.no_grad():
+            net(X), net.wide(z)
+        net.wide(z).sum().backward()
+        first = net.wide.weight.grad.clone()
+        net.wide(z).sum().backward()
+        torch.testing.assert_close(net.wide.weight.grad, 2 * first)
+        assert first.any()
+
+
+def test_it_follows_to_another_dtype(net, plan):
+    with efreg.nested(net, plan, only(0.5)):
+        expected = net(X)
+        net.float()
+        torch.testing.assert_close(net(X.float()), expected.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_statistics_of_the_whole(net, plan):
+    """At a drawn width they would be wrong, so they are refused."""
+    twin = copy.deepcopy(net)
+    with efreg.nested(net, plan, only(0.7)) as widths:
+        with pytest.raises(ValueError, match=r"recalibrate within .*whole"):
+            efreg.recalibrate(net, [X])
+        with widths.whole():
+            efreg.recalibrate(net, [X])
+    efreg.recalibrate(twin, [X])
+    assert torch.equal(net.norm.running_mean, twin.norm.running_mean)
+
+
+def test_a_state_of_other_widths_is_refused(net, plan):
+    state = efreg.nested(net, plan, RATIOS)
+    kept = state.state_dict()
+    state.detach()
+    for options in ({"ratios": (0, 0.5)}, {"seed": 1}, {"between": 2}):
+        widths = efreg.nested(net, plan, **{"ratios": RATIOS, **options})
+        with pytest.raises(ValueError, match="the state is of"):
+            widths.load_state_dict(kept)
+        widths.detach()
+
+
+def test_the_plan_of_a_width_does_not_hold_the_model(plan):
+    net = lively(Net()).double().train()
+    with efreg.nested(net, plan, RATIOS) as widths:
+        later = widths.plan(0.5, example_inputs=X)
+    there = weakref.ref(net)
+    del net, widths
+    gc.collect()
+    assert there() is None and len(later)

@@ -78,7 +78,7 @@ def attach(
     found = resolve(law, alpha)
     if found.keeps and refresh != 1:
         raise ValueError(f"{type(found).__name__} changes at every step: give refresh=1")
-    scope, update = _ways(found, scope, update)
+    scope, update = _ways(found, scope, update, refresh=refresh, max_coefficient=max_coefficient)
     model = unwrap(model)
     chosen = _chosen(model, found, layers)
     return Attachment(
@@ -196,11 +196,12 @@ class Attachment:
 
     def detach(self) -> None:
         """Ends the force; the weights stay as they are. Doing it twice is doing it once."""
-        if self in _attached:
-            self._mind_the_end()
+        there = self in _attached
         stepping.unsubscribe(self._serving)
         _attached.discard(self)
         self._finalizer.detach()
+        if there:
+            self._mind_the_end()
         self._serving.drop()
 
     def state_dict(self) -> dict:
@@ -271,7 +272,8 @@ class Attachment:
                 self,
             )
         elif isinstance(self.law, Fade):
-            left = [t for t in self._serving.targets if 0 < t.clock.served < self.law.steps]
+            there = [t for t in self._serving.targets if t in self._serving.store]
+            left = [t for t in there if any(p.clock.served < self.law.steps for p in t.places)]
             names = [f"{t.name} ({self._serving.planned_of(t)} units)" for t in left]
             if names:
                 logger.warning(
@@ -310,7 +312,9 @@ class Attachment:
         state = {name: charging.groups.take(flat) for name, flat in charging.shelf.state.items()}
         now = replace(charges, state=state or law.begin(charges))
         if law.needs_plan:
-            planned = charging.shelf.choose(self._serving.chosen())
+            shelf, taken = charging.shelf, all(t.clock.age is not None for t in charging.targets)
+            planned = shelf.planned if taken and not fresh else None
+            planned = shelf.choose(self._serving.chosen()) if planned is None else planned
             now = replace(now, planned=charging.groups.take(planned) > 0)
         c = law.of(now)
         if not fresh:
@@ -343,11 +347,14 @@ def _warn_if_attached(serving: Serving) -> None:
             return
 
 
-def _ways(law: Law, scope: str | None, update: str | None) -> tuple[str, str]:
+def _ways(law: Law, scope: str | None, update: str | None, **others: Any) -> tuple[str, str]:
     """What is pulled and how, where the law has the say.
 
     Raises ValueError for a law that takes shares of what it pulls, where it is told otherwise.
     """
+    for name, asked in others.items():
+        if law.direction == "share" and asked is not None:
+            raise ValueError(f"{type(law).__name__} has a pace of its own: leave {name}={asked!r} out")
     for name, asked in (("scope", scope), ("update", update)):
         own = getattr(law, name)
         if law.direction == "share" and asked not in (None, own):
@@ -368,10 +375,17 @@ def _chosen(model: nn.Module, law: Law, layers: Any) -> Chosen:
         raise ValueError(
             f"{type(law).__name__} pulls what a plan removes: give layers=efreg.plan(model, ...)"
         )
-    if law.units is None:
+    groups = layers.groups(model, members=True)
+    if heard := [group.name for group in groups if not group.silent]:
+        logger.warning(
+            "units of these groups are heard even where all that writes them is zero (an activation, a "
+            "norm): %s; removing them changes the output",
+            ", ".join(heard),
+        )
+    if getattr(law, "units", None) is None:
         ref = weakref.ref(model)
         return lambda: layers.filters(ref())
-    sizes = {group.name: group.size for group in layers.groups(model, members=True)}
+    sizes = {group.name: group.size for group in groups}
     for name, units in law.units.items():
         if name not in sizes:
             raise ValueError(

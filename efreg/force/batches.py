@@ -127,13 +127,15 @@ class Batch:
         there = self._look_up()
         return all(map(is_, there, self._parameters)) and self._look() == self._known and not self._gone
 
+    def will_be_due(self, refresh: int | None) -> bool:
+        """Whether charges are to be taken in the next step."""
+        age = self.clock.age
+        return self.charging is not None and (age is None or refresh == 1 or bool(refresh and age >= refresh))
+
     def begin(self, refresh: int | None) -> None:
         """One more step: finds out whether charges are to be taken in it."""
         age = self.clock.age
-        self._begins = age is None
-        self._due = self.charging is not None and (
-            age is None or refresh == 1 or bool(refresh and age >= refresh)
-        )
+        self._begins, self._due = age is None, self.will_be_due(refresh)
         if refresh != 1 and (refresh or self._due) and capturing(self.device):
             raise RuntimeError(
                 f"refresh={refresh} counts steps, which the replays of a CUDA graph do not: "
@@ -240,21 +242,25 @@ class Batch:
 
 
 class _Mark:
-    """What a pull leaves on gradients: which the first of them was, and how often it had been written to.
+    """What a pull leaves on gradients: which was the first, and how often each had been written to.
 
-    A backward pass writes to all of them; one look must do, because it is taken at every step.
+    Those behind the first need no look of their own: one that is new has been written to less often.
     """
 
     def __init__(self, grads: Sequence[Tensor | None]):
-        self._first, self._version = _nothing, None
         first = _first(grads)
-        if first is not None and not first.is_inference():  # there nobody counts what is written
-            self._first, self._version = weakref.ref(first), first._version
+        self._first = _nothing if first is None else weakref.ref(first)
+        self._versions = _versions(grads)
 
     def is_on(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether these are the same, and nothing has been written to them since."""
         first = self._first()
-        return first is not None and first is _first(grads) and first._version == self._version
+        return (
+            first is not None
+            and first is _first(grads)
+            and self._versions is not None
+            and self._versions == _versions(grads)
+        )
 
 
 def rows_of(found: Sequence[Found], shelf: Shelf) -> tuple[Rows, dict[int, tuple[int, int, int]]]:
@@ -285,6 +291,14 @@ def times(number: Factor, strength: Factor) -> Factor:
 
 def _first(grads: Sequence[Tensor | None]) -> Tensor | None:
     return next((grad for grad in grads if grad is not None), None)
+
+
+def _versions(grads: Sequence[Tensor | None]) -> list[int] | None:
+    """How often each was written to; None where nobody counts, as in inference mode."""
+    try:
+        return [-1 if grad is None else grad._version for grad in grads]
+    except RuntimeError:
+        return None
 
 
 def _nothing() -> None:

@@ -139,6 +139,10 @@ class Law:
         """Whether, at this α, units lose the share c_n of their gradients before a proximal step, too."""
         return False
 
+    def ends(self, strength: Factor) -> bool:
+        """Whether, at this α, nothing is left of the units that have a coefficient."""
+        return False
+
     @property
     def keeps(self) -> bool:
         """Whether the law keeps something from one time to the next."""
@@ -164,8 +168,10 @@ class Law:
         """α Σ_n F_n: Σ c_n · ‖w_n‖₁, or Σ c_n · ‖w_n‖₂ for a radial law, over all groups. 0-dim.
 
         Its gradient with the coefficients held constant is what `pull` adds (Eq. 10). A unit that is not
-        finite has coefficient 0 and no energy.
+        finite has coefficient 0 and no energy; a law that takes shares has none at all.
         """
+        if self.direction == "share":
+            return coefficients.new_zeros(())
         length = charges.norm if self.direction == "radial" else charges.magnitude
         return torch.where(coefficients != 0, coefficients * length, 0).sum()
 
@@ -447,7 +453,8 @@ class Fade(Law):
     exactly zero after step T, and stays so; then its gradients are zeroed before each step, and what the
     optimizer keeps of it once. Nothing else is pulled, there is no α, and no learning rate in it: the share
     1 / (T − t) goes after the optimizer's own step, whatever that is. Which units go is the plan's choice
-    when charges are taken, at the first step.
+    when charges are taken, at the first step. What is zero is silent, but for units that something else makes
+    heard: an activation that is not 0 at 0, a norm without a shift of its own; such groups are named.
 
     Relatives: HESSO fades linearly too (Chen et al., 2024, arXiv 2409.09085), OTO projects to zero (Chen et
     al., 2021, arXiv 2107.07467), ResRep forgets (Ding et al., 2021, arXiv 2007.03260).
@@ -467,7 +474,7 @@ class Fade(Law):
     alpha: Alpha = field(init=False, repr=False, compare=False, default=0.0)
     steps: int = 0
     forget: bool = False
-    units: Mapping[str, Sequence[int]] | None = None
+    units: Mapping[str, Sequence[int]] | None = field(default=None, hash=False)
 
     def __post_init__(self):
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
@@ -483,7 +490,10 @@ class Fade(Law):
         return charges.planned.to(charges.magnitude)
 
     def forgets(self, strength: Factor) -> bool:
-        return self.forget or strength >= 1
+        return self.forget or self.ends(strength)
+
+    def ends(self, strength: Factor) -> bool:
+        return strength >= 1
 
     def _share(self, step: int) -> float:
         return 1 / max(self.steps - step, 1)

@@ -146,11 +146,14 @@ def penalty(model_or_weights: nn.Module | Tensor | Iterable[Tensor], law: Law, *
     model_or_weights: a model (`layers` as in `attach`), a weight [N, ...] or several, filters along dim 0.
     law: an instance, such as `efreg.Electrostatic(alpha=1e-12)`; its α a number or a 0-dim tensor.
     Returns a 0-dim tensor, float32, or float64 for float64 weights.
-    Raises TypeError for a law that is none, ValueError for layers that cannot be found or served, and for an
-    α that is a function: a term of the loss does not know the step.
+    Raises TypeError for a law that is none, ValueError for layers that cannot be found or served, for an α
+    that is a function: a term of the loss does not know the step, and for laws that take shares or need a
+    plan.
     """
     if not isinstance(law, Law):
         raise TypeError(f"law is {law!r}: give an instance, such as efreg.Electrostatic(alpha=1e-12)")
+    if law.direction == "share" or law.needs_plan:
+        raise ValueError(f"{type(law).__name__} is no term of a loss: attach it with efreg.attach")
     if callable(law.alpha):
         raise ValueError("alpha is a function of the step, which a penalty does not know: give its value now")
     if isinstance(law.alpha, Tensor):

@@ -113,13 +113,15 @@ class Serving:
                 found_inf = getattr(optimizer, "found_inf", None)
                 rates = batch.rates(self.law, strength)
                 batch.shrink(self.unit_law, rates, found_inf, self._most(strength))
-                if not self.law.paced and strength == 1:  # nothing is left
+                if self.law.ends(strength):
                     batch.still(optimizer)
 
     # A loop of the user's own
 
     def pull(self, scale: Factor) -> None:
         """One step of all that there is, on the gradients."""
+        if self.law.direction == "share":
+            raise ValueError(f"{type(self.law).__name__} acts on weights: call shrink() when they have moved")
         batches = self._all_of_them()
         for batch, strength in zip(batches, self._begin(batches)):
             batch.pull(self.unit_law, times(strength, scale), self._most(strength), again=True)
@@ -128,6 +130,8 @@ class Serving:
         """One step of all that there is, on the weights."""
         batches = self._all_of_them()
         for batch, strength in zip(batches, self._begin(batches)):
+            if self.law.forgets(strength) and not self.law.ends(strength):
+                raise ValueError("shrink() comes too late to forget gradients: leave forget=True out")
             batch.charge(self.unit_law)
             rates = [times(lr, strength) if self.law.paced else strength] * len(batch.found)
             batch.shrink(self.unit_law, rates, None, self._most(strength))
@@ -214,9 +218,9 @@ class Serving:
                 "this alpha changes with the steps, which the replays of a CUDA graph do not see: give a "
                 "0-dim tensor on the device and fill it before each replay"
             )
-        batch.begin(self.refresh)
-        if self.law.needs_plan and batch.is_due:
+        if self.law.needs_plan and batch.will_be_due(self.refresh):
             batch.shelf.planned = batch.shelf.choose(self.chosen())
+        batch.begin(self.refresh)
         return strength
 
     def _strength(self, step: int) -> Factor:
@@ -231,8 +235,9 @@ class Serving:
 
     def _pull(self, optimizer: Optimizer, batches: Sequence[Batch], strengths: Sequence[Factor]) -> None:
         if self.update == "proximal":
-            for batch in batches:
-                batch.forget()
+            for batch, strength in zip(batches, strengths):
+                if self.law.forgets(strength):
+                    batch.forget()
             return
         grad_scale = getattr(optimizer, "grad_scale", None)
         for batch, strength in zip(batches, strengths):

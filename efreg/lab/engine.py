@@ -219,13 +219,18 @@ def cutting(settings: Settings, num_classes: int, shape: tuple[int, ...]) -> dic
     weights = checkpoints.load_weights(settings.weights) if settings.weights else None
     first = build(settings, num_classes, shape, weights)
     with nesting(first, plan(first, settings, _example(shape)), settings) as widths:
-        return {**told, "importance": widths.importance}
+        return _nested(told, widths.importance)
 
 
 def ranked(checkpoint: Checkpoint) -> dict[str, Any]:
     """As `cutting`, from a checkpoint, which holds the ranking."""
     told, kept = planning(checkpoint.settings), checkpoint.nesting.get("importance")
-    return {**told, "importance": lambda group: kept[group.name]} if kept else told
+    return _nested(told, efreg.Ranking(kept)) if kept else told
+
+
+def _nested(told: dict[str, Any], ranking: efreg.Ranking) -> dict[str, Any]:
+    """What was nested, and nothing else, as it was ranked."""
+    return {**told, "importance": ranking, "only": tuple(ranking.numbers)}
 
 
 def teacher(settings: Settings, num_classes: int, shape: tuple[int, ...]) -> nn.Module | None:
@@ -491,6 +496,8 @@ class _Tally:
 
 def check(settings: Settings) -> None:
     """Raises ValueError or FileNotFoundError, naming it, for a setting that no training can have."""
+    if fades(settings):
+        _check_fade(settings)
     if settings.schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {settings.schedule!r}: there are {', '.join(SCHEDULES)}")
     force_options(replace(settings, alpha_schedule="constant"), steps=1)
@@ -510,9 +517,20 @@ def check(settings: Settings) -> None:
             raise ValueError(f"{name} is {getattr(settings, name)}: it must be at least 1")
     if settings.seed < 0:
         raise ValueError(f"seed is {settings.seed}: it must not be negative")
+    if wrong := [ratio for ratio in settings.nested if not 0 <= ratio < 1]:
+        raise ValueError(f"nested has {wrong[0]}: each is a share of the units, in [0, 1)")
     for option in ("weights", "distil"):
         if (named := getattr(settings, option)) is not None and not Path(named).is_file():
             raise FileNotFoundError(f"no file {named}: --{option} names a file of weights")
+
+
+def _check_fade(settings: Settings) -> None:
+    """Raises ValueError, naming it, for a setting that a fade has not."""
+    if "steps=" in settings.law:
+        raise ValueError(f"the fade lasts alpha_until of the training: leave steps out of {settings.law!r}")
+    for name, fits in {"alpha_schedule": "constant", "scope": "filter", "update": "proximal"}.items():
+        if (found := getattr(settings, name)) not in (None, fits):
+            raise ValueError(f"{name} is {found!r}, which a fade has not: leave it out")
 
 
 def _check_parts(settings: Settings) -> None:

@@ -148,6 +148,8 @@ def run(
     with progress(console) as bar:
         task = bar.add_task("pruning", total=len(RATIOS), note="")
         planning = engine.ranked(trained)
+        if settings.nested:
+            re_estimate(model, images, torch.float32)
         cuts = sweep(model, images, planning=planning, repair=repair, tick=lambda: bar.advance(task))
     write_csv(out / "sweep.csv", rows(cuts))
     _draw(out / "sweep.png", cuts, settings)
@@ -189,11 +191,16 @@ def _cut(
     repaired = accuracy if repair else nan
     if repair and macs < efreg.macs(model, example[:1]):
         repaired = _repaired(small, model, images, dtype, repair)
-    with engine.computing(dtype, example.device):
-        efreg.recalibrate(small, islice(images.train.epoch(250, 0, 0), STATISTICS_BATCHES))
+    re_estimate(small, images, dtype)
     recalibrated = engine.evaluate(small, images.test, dtype=dtype)[1]
     parameters = sum(p.numel() for p in small.parameters())
     return Cut(ratio, accuracy, recalibrated, macs, parameters, repaired)
+
+
+def re_estimate(model: nn.Module, images: data.Data, dtype: torch.dtype) -> None:
+    """Statistics of batch norms anew; of a nested network they are those of all widths together."""
+    with engine.computing(dtype, next(model.parameters()).device):
+        efreg.recalibrate(model, islice(images.train.epoch(250, 0, 0), STATISTICS_BATCHES))
 
 
 def _repaired(

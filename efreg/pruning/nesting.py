@@ -3,6 +3,7 @@
 import random
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 
 import torch
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from efreg.groups import Group, Member, unwrap
+from efreg.groups import Group, Member, tensor_of, unwrap
 from efreg.pruning.choosing import ranks
 from efreg.pruning.planning import plan as plan_of
 from efreg.pruning.plans import Plan
@@ -40,28 +41,32 @@ def nested(
             plan = widths.plan(0.5, example_inputs=x)
         small = efreg.recalibrate(efreg.prune(model, plan, example_inputs=x), loader)
 
-    It lasts as long as the model, or until it is detached; a copy of the model hides nothing. Works under
-    `torch.compile`, DistributedDataParallel (every process draws the same widths), accumulation,
-    checkpointing of modules, and beside any force.
+    Statistics of norms are those of all widths together: re-estimate them at every cut, also where nothing
+    is cut (`recalibrate`; while this lasts within `whole()`). It lasts as long as the model, or until it is
+    detached; a copy of the model hides nothing. Works under `torch.compile`, DistributedDataParallel (every
+    process draws the same widths), accumulation, checkpointing of modules, and beside any force.
 
     plan: which groups are nested, and by which importance; how many of their units it removes does not
         matter. ratios: each 0 ≤ ratio < 1; one that stands there twice is drawn twice as often. between: how
         many widths `sandwich` draws between the widest and the narrowest. seed: of the draws.
     Raises ValueError for ratios out of range, a plan of another model or without members, weights that read
-    through a parametrization, and a model in DataParallel.
+    through a parametrization, a model that is nested already, and one in DataParallel.
     """
     if isinstance(model, nn.DataParallel):
         raise ValueError("DataParallel copies the model at every step: use DistributedDataParallel")
     if not isinstance(plan, Plan):
         raise TypeError(f"plan is {plan!r}: make one with efreg.plan")
+    if any(True for _ in veils(unwrap(model))):
+        raise ValueError("the model, or a part of it, is nested already: detach that first")
     return Nesting(unwrap(model), plan, ratios, between, seed)
 
 
 class Nesting:
     """Widths at work, as `nested` returns them; as a context manager it detaches at the end.
 
-    ratio: what is hidden in the forward passes of this step. step: how many steps were taken. ratios: as
-    given.
+    ratio: what is hidden in the forward passes of this step. step: how many steps of optimizers were taken.
+    ratios: as given. importance: what the units were ranked by, as `efreg.plan` takes one. resting: whether
+    nothing is hidden for the time being.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, ratios: Sequence[float], between: int, seed: int):
@@ -69,7 +74,9 @@ class Nesting:
         self._shares = _checked(self.ratios)
         self._between, self._seed = between, seed
         self._model, self._groups = model, plan.groups(model, members=True)
-        self._importance = {group.name: ranks(model, group, plan.importance) for group in self._groups}
+        found = {group.name: ranks(model, group, plan.importance) for group in self._groups}
+        self.importance, self._approximate = Ranking(found), plan.approximate
+        self.resting = False
         read = _read(model, self._groups)
         self._readers = [_Reader(model, name, members) for name, members in read.items()]
         self._parameters = {id(parameter) for parameter in model.parameters()}
@@ -83,16 +90,25 @@ class Nesting:
         """What is hidden of each group in the forward passes of this step."""
         return self._ratio
 
-    def importance(self, group: Group) -> Tensor:
-        """The importance by which the units are ranked, as `efreg.plan` takes one. [N]"""
-        if group.name not in self._importance:
-            raise ValueError(f"{group.name!r} is not nested: leave it out of the plan, or nest it")
-        return self._importance[group.name]
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """While this lasts nothing is hidden: to re-estimate statistics of the whole network."""
+        self.resting = True
+        try:
+            yield
+        finally:
+            self.resting = False
 
     def plan(self, ratio: float, *, example_inputs) -> Plan:
         """The plan that removes of each nested group what is hidden at this ratio."""
         asked = {group.name: ratio for group in self._groups}
-        return plan_of(self._model, asked, importance=self.importance, example_inputs=example_inputs)
+        return plan_of(
+            self._model,
+            asked,
+            importance=self.importance,
+            approximate=self._approximate,
+            example_inputs=example_inputs,
+        )
 
     def sandwich(self) -> Iterator[float]:
         """The widest, the narrowest and drawn widths, each in turn in force (Yu and Huang, 2019, arXiv
@@ -131,16 +147,25 @@ class Nesting:
         self._show(self._drawn())
 
     def state_dict(self) -> dict:
-        """What training resumes from: the steps taken and the ranking."""
-        return {"step": self.step, "importance": {n: x.clone() for n, x in self._importance.items()}}
+        """What training resumes from: the steps taken and the ranking; and what was asked for."""
+        return {"step": self.step, "importance": dict(self.importance.numbers), "asked": self._asked}
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes up where `state_dict` left off. Raises ValueError for other groups."""
-        sizes = [{name: len(x) for name, x in of.items()} for of in (state["importance"], self._importance)]
+        """Takes up where `state_dict` left off. Raises ValueError for other groups, ratios or seeds."""
+        sizes = [
+            {name: len(x) for name, x in numbers.items()}
+            for numbers in (state["importance"], self.importance.numbers)
+        ]
         if sizes[0] != sizes[1]:
             raise ValueError(f"the state is of the groups {sizes[0]}, nested are {sizes[1]}")
-        self.step, self._importance = state["step"], dict(state["importance"])
+        if state["asked"] != self._asked:
+            raise ValueError(f"the state is of {state['asked']}; this is {self._asked}: nest with the same")
+        self.step, self.importance = state["step"], Ranking(state["importance"])
         self._rank()
+
+    @property
+    def _asked(self) -> dict:
+        return {"ratios": list(self.ratios), "between": self._between, "seed": self._seed}
 
     def detach(self) -> None:
         """Ends it; the model is whole again. Doing it twice is doing it once."""
@@ -163,7 +188,7 @@ class Nesting:
 
     def _levels(self, group: Group) -> Tensor:
         """Of each unit the first of the rising ratios that hides it; behind the last if none does. [N]"""
-        order = self._importance[group.name].sort(descending=True, stable=True).indices
+        order = self.importance(group).sort(descending=True, stable=True).indices
         levels = torch.full((group.size,), len(self._rising))
         for level, share in reversed(list(enumerate(self._rising))):
             levels[order[group.size - removed(share, group.size) :]] = level
@@ -192,10 +217,11 @@ class Nesting:
     def _hooks(self) -> list:
         """Hide before, and restore after, each forward pass of the model, and of a reader that runs alone, as
         checkpointing does when it runs a part again."""
-        owners = {self._model: self._readers}
+        owners = {self._model: list(self._readers)}
         for reader in self._readers:
-            if reader.module is not self._model:
-                owners.setdefault(reader.module, []).append(reader)
+            for module, _ in reader.places:
+                if module is not self._model:
+                    owners.setdefault(module, []).append(reader)
         handles = []
         for module, readers in owners.items():
             veil = _Veil(readers, module is not self._model, self)
@@ -204,12 +230,33 @@ class Nesting:
         return handles
 
 
+class Ranking:
+    """An importance that is known: of each group, by name, the numbers of its units."""
+
+    def __init__(self, numbers: Mapping[str, Tensor]):
+        self.numbers = {name: x.clone() for name, x in numbers.items()}
+
+    def __call__(self, group: Group) -> Tensor:
+        """[N]. Raises ValueError for a group that has not been ranked."""
+        if group.name not in self.numbers:
+            raise ValueError(f"{group.name!r} is not nested: leave it out of the plan, or nest it")
+        return self.numbers[group.name]
+
+
 class _Reader:
-    """A weight by which units are read, and at which level each of its columns is hidden first."""
+    """A weight by which units are read, wherever the model has it, and at which level its columns hide.
+
+    places: the modules that have it, and its key there.
+    """
 
     def __init__(self, model: nn.Module, name: str, members: Sequence[tuple[str, Member]]):
-        path, _, self._key = name.rpartition(".")
-        self.module, self._members = model.get_submodule(path), members
+        self._members, weight = members, tensor_of(model, name)
+        self.places = [
+            (module, key)
+            for module in model.modules()
+            for key, found in (*module._parameters.items(), *module._buffers.items())
+            if found is weight
+        ]
         self._weight: Tensor | None = None
         self._masked: Tensor | None = None
         self._mask = torch.ones(())
@@ -222,7 +269,8 @@ class _Reader:
     @property
     def weight(self) -> Tensor:
         """The weight itself."""
-        return self._here[self._key] if self._weight is None else self._weight
+        module, key = self.places[0]
+        return _held(module, key)[key] if self._weight is None else self._weight
 
     def learn(self, levels: Mapping[str, Tensor], never: int) -> None:
         """Takes over the levels of the units of each group; `never` is that of what is no unit."""
@@ -235,49 +283,69 @@ class _Reader:
 
     def show(self, level: int) -> None:
         """From now on columns are hidden whose level is this one or below."""
-        kept = torch.stack(torch.broadcast_tensors(*(levels > level for levels in self._levels))).all(0)
-        if self._mask.shape != kept.shape or self._mask.device != self.weight.device:
-            self._mask = torch.empty(kept.shape, dtype=self.weight.dtype, device=self.weight.device)
-        self._mask.copy_(kept)  # in place, so that what was compiled stays
-        self._masked = None
+        self._level, self._masked = level, None
+        self._fill()
 
     def hide(self, *, again: bool) -> None:
-        """Puts the masked weight in its place; `again` the very one that this step has had already."""
-        self._weight = self._here[self._key]
-        if not again or self._masked is None:
-            self._masked = self._weight * self._mask
-        self._here[self._key] = self._masked
+        """Puts the masked weight in its place; `again` the very one that was there before."""
+        self._weight = self.weight
+        masked = self._masked if again else None
+        if masked is None:
+            if (self._mask.dtype, self._mask.device) != (self._weight.dtype, self._weight.device):
+                self._fill()
+            masked = self._weight * self._mask
+        if torch.is_grad_enabled() and not again:
+            self._masked = masked
+        for module, key in self.places:
+            _held(module, key)[key] = masked
 
     def restore(self) -> None:
         """Puts the weight back."""
-        self._here[self._key], self._weight = self._weight, None
+        for module, key in self.places:
+            _held(module, key)[key] = self._weight
+        self._weight = None
 
-    @property
-    def _here(self) -> dict[str, Tensor]:
-        parameters = self.module._parameters
-        return parameters if self._key in parameters else self.module._buffers
+    def _fill(self) -> None:
+        """The mask, in place where it can be, so that what was compiled stays."""
+        kept = torch.stack(torch.broadcast_tensors(*(levels > self._level for levels in self._levels))).all(0)
+        like = self._mask.shape, self._mask.dtype, self._mask.device
+        if like != (kept.shape, self.weight.dtype, self.weight.device):
+            self._mask = torch.empty(kept.shape, dtype=self.weight.dtype, device=self.weight.device)
+        self._mask.copy_(kept)
+
+
+def _held(module: nn.Module, key: str) -> dict[str, Tensor]:
+    """Where a module holds a tensor."""
+    return module._parameters if key in module._parameters else module._buffers
 
 
 class _Veil:
     """Hides readers while a module runs. A copy of the module, which has its own weights, hides nothing.
 
-    again: whether the module runs again when it runs alone. nesting: what lasts as long as the module does.
+    alone: whether the module is a part of the model. nesting: what lasts as long as the module does.
     """
 
-    def __init__(self, readers: Sequence[_Reader] = (), again: bool = False, nesting: Nesting | None = None):
-        self._readers, self._again, self._nesting = readers, again, nesting
+    def __init__(self, readers: Sequence[_Reader] = (), alone: bool = False, nesting: Nesting | None = None):
+        self._readers, self._alone, self._nesting = readers, alone, nesting
         self._drawn: list[list[_Reader]] = []
 
+    @property
+    def is_active(self) -> bool:
+        """Whether it hides what it can."""
+        return bool(self._readers) and not self._nesting.resting
+
     def draw(self, module: nn.Module, args: tuple) -> None:
-        """The pre hook: what is not hidden yet."""
-        mine = [reader for reader in self._readers if not reader.is_hidden] if module.training else []
+        """The pre hook: what is not hidden yet. In a backward pass a part runs again, as it was."""
+        hides = module.training and self.is_active
+        mine = [reader for reader in self._readers if not reader.is_hidden] if hides else []
+        again = self._alone and torch._C._current_graph_task_id() != -1
         for reader in mine:
-            reader.hide(again=self._again)
+            reader.hide(again=again)
         self._drawn.append(mine)
 
     def lift(self, module: nn.Module, args: tuple, output: object) -> None:
-        """The hook afterwards, also where the module raised."""
-        for reader in self._drawn.pop():
+        """The hook afterwards, also where the module raised, or another hook before it."""
+        for reader in self._drawn.pop() if self._drawn else ():
             reader.restore()
 
     def __deepcopy__(self, memo: dict) -> "_Veil":
@@ -285,6 +353,13 @@ class _Veil:
 
     def __reduce__(self) -> tuple:
         return _Veil, ()
+
+
+def veils(model: nn.Module) -> Iterator[_Veil]:
+    """Those that hide something of the model, or of a part of it."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    found = (getattr(hook, "__self__", None) for hook in hooks)
+    return (veil for veil in found if isinstance(veil, _Veil) and veil.is_active)
 
 
 def _listening(nesting: Nesting) -> RemovableHandle:

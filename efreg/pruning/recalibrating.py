@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from efreg.groups import unwrap
 from efreg.pruning.loading import Forward, placed, run_on
+from efreg.pruning.nesting import veils
 from efreg.pruning.running import device_of
 
 
@@ -29,12 +31,14 @@ def recalibrate(
         first element is the input, a tuple of inputs or a dict of them. device: where to put the batches;
         None is the model's device. forward: (model, batch) runs the model on a batch of any other kind.
 
-    Raises ValueError, having changed nothing, for a model without such norms or an empty loader. Where a
-    batch fails, the statistics are put back.
+    Raises ValueError, having changed nothing, for a model without such norms, one that is nested at the
+    moment, or an empty loader. Where a batch fails, the statistics are put back.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if not norms:
         raise ValueError(f"{type(model).__name__} has no batch norm with running statistics to recalibrate")
+    if any(True for _ in veils(unwrap(model))):
+        raise ValueError("the model is nested, at a drawn width: recalibrate within `with widths.whole():`")
     batches = iter(loader)
     first = next(batches, None)
     if first is None:

@@ -14,7 +14,7 @@ from efreg.lab.checkpoints import Settings
 from efreg.lab.logs import read_csv, write_csv
 from efreg.lab.paper import runs
 from efreg.lab.paper.recipes import RANDOM, Group, Recipe
-from efreg.lab.sweep import Cut, pruned, sweep
+from efreg.lab.sweep import Cut, pruned, re_estimate, sweep
 
 Say = Callable[[str], None]
 """Is told, in a line, where a training diverged."""
@@ -119,8 +119,8 @@ class Job:
         return [*(first._trainings() if first else ()), self.recipe.settings.epochs, *after]
 
     def _file(self, suffix: str, *more) -> Path:
-        weights = None if self.start else self.settings.weights
-        first = [runs.fingerprint(weights)] if weights else []
+        files = [None if self.start else self.settings.weights, self.settings.distil]
+        first = [runs.fingerprint(file) for file in files if file]
         name = runs.stem(f"{self.group.name} {self.recipe.name}", self.settings, *first, *more)
         return self.folder / f"{name}{suffix}"
 
@@ -178,6 +178,8 @@ def _measure(job: Job, say: Say, tick: runs.Tick) -> list[Outcome]:
     ratios = dict.fromkeys((0.0, *job.group.cuts))
     planning = engine.cutting(job.settings, images.info.num_classes, images.info.shape)
     dtype, repair = _dtype(job.settings), job.group.repair
+    if job.settings.nested:
+        re_estimate(network, images, dtype)
     found = sweep(network, images, planning=planning, ratios=ratios, dtype=dtype, repair=repair)
     at = {cut.ratio: cut for cut in found}
     return [
