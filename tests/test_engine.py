@@ -216,6 +216,34 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(changes):
     assert bool(second.checkpoint().nesting) == ("nested" in changes)
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"law": "fade:steps=5"}, "leave steps out of 'fade:steps=5'"),
+        ({"alpha_schedule": "linear"}, "alpha_schedule is 'linear', which a fade has not"),
+        ({"scope": "weights"}, "scope is 'weights', which a fade has not"),
+        ({"update": "gradient"}, "update is 'gradient', which a fade has not"),
+        ({"alpha": 0.1}, "has no strength"),
+    ],
+)
+def test_settings_that_a_fade_has_not_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        engine.check(settings(**{**FADE, **changes}))
+
+
+def test_a_ratio_that_cannot_be_nested_is_refused():
+    with pytest.raises(ValueError, match="nested has 1.5"):
+        engine.check(settings(nested=(0, 1.5)))
+
+
+def test_only_what_was_nested_is_cut():
+    """Not the layers that the ratios left out."""
+    run = engine.Run(settings(**NESTED, ratios="[0, 0.5, 0, 0.5, 0]", epochs=1))
+    for planning in (engine.ranked(run.checkpoint()), engine.cutting(run.settings, 10, (1, 8, 8))):
+        plan = efreg.plan(run.model, ratio=0.5, **planning, example_inputs=run.example)
+        assert list(plan) == list(run.plan)
+
+
 def test_nested_units_are_cut_as_they_were_ranked():
     """By the weights before the training: from the checkpoint, and from the settings alone."""
     run = engine.Run(settings(**NESTED))

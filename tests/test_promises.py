@@ -394,3 +394,15 @@ def test_no_coefficient_is_larger_than_the_largest_allowed(net, alpha, update):
     torch.optim.SGD(net.parameters(), lr=1e-3).step()
     moved, far = (before - net.weight.detach()).abs(), before.abs() > 1e-3
     torch.testing.assert_close(moved[far], (1e-3 * c).expand_as(before)[far], rtol=1e-4, atol=1e-7)
+
+
+def test_a_backward_pass_through_a_part_is_pulled():
+    """Where the first gradient is an old one, and a later one is new."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    efreg.attach(net, 0.25, law="l1", layers="*")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    still(net)
+    optimizer.step()
+    net[1].weight.grad = torch.zeros(2, 4)
+    optimizer.step()
+    assert torch.equal(net[1].weight.grad, 0.25 * net[1].weight.sign())

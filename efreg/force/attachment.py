@@ -56,8 +56,8 @@ def attach(
     update: where nothing is said "gradient", for `efreg.Fade` "proximal".
     refresh: None takes the charges once, at the first step; k takes them anew every k optimizer steps.
     max_coefficient: none is larger, whatever the law says.
-    check: "warn" says once where a step of the force is larger than the mean |w| of what it pulls; None does
-        not look.
+    check: "warn" says once where a step of the force is larger than the mean |w| of what it pulls, and at the
+        end what it has not done; None does not look.
     backend: "auto", "triton", "cuda", "cpp" or "reference"; EFREG_BACKEND sets what "auto" means.
 
     A whole step can be captured into a CUDA graph after an eager one, with refresh=1, or with None once
@@ -106,6 +106,7 @@ class Attachment:
         self.scope: str = scope
         self.refresh_every: int | None = refresh
         self.update: str = update
+        self._check: str | None = check
         self._serving = Serving(
             model,
             law,
@@ -200,7 +201,7 @@ class Attachment:
         stepping.unsubscribe(self._serving)
         _attached.discard(self)
         self._finalizer.detach()
-        if there:
+        if there and self._check == "warn":
             self._mind_the_end()
         self._serving.drop()
 

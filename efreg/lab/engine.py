@@ -118,12 +118,12 @@ class Run:
 
     def _rehearse(self) -> None:
         """What cannot be attached is refused before anything is fetched."""
-        with self._attach(steps=1) as force:
-            force.pull()  # charges are taken; there are no gradients to pull
+        with self._attach(steps=1, check=None) as force:
+            force.charges()
 
-    def _attach(self, steps: int) -> efreg.Attachment:
-        options = force_options(self.settings, steps)
-        return efreg.attach(self.model, layers=self.plan, backend=self.settings.backend, **options)
+    def _attach(self, steps: int, check: str | None = "warn") -> efreg.Attachment:
+        options = {**force_options(self.settings, steps), "backend": self.settings.backend, "check": check}
+        return efreg.attach(self.model, layers=self.plan, **options)
 
     @property
     def epoch(self) -> int:
