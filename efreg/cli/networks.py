@@ -64,7 +64,8 @@ def _planned(arguments: Namespace, given: Subject) -> efreg.Plan:
     own = {} if arguments.dead else dict(given.planning)
     uncoupled = options.pop("uncoupled")
     coupled = own.pop("coupled", True) and not uncoupled
-    options["skip"] = (*options["skip"], *own.pop("skip", ()))
+    if own.get("skip"):
+        options["skip"] = (*options["skip"], *own.pop("skip"))
     options |= {name: value for name, value in own.items() if options[name] == PLANNING[name]}
     return efreg.plan(given.model, **options, coupled=coupled, example_inputs=given.inputs)
 
