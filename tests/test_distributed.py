@@ -45,7 +45,7 @@ def work(rank, folder, kind):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["sgd", "zero"])
+@pytest.mark.parametrize("kind", ["sgd", pytest.param("zero", marks=pytest.mark.slow)])
 def test_two_processes(tmp_path, kind):
     torch.multiprocessing.spawn(work, (str(tmp_path), kind), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))

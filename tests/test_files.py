@@ -53,7 +53,7 @@ def pruned(model, x, ratio=0.5):
     return efreg.prune(model, efreg.plan(model, ratio=ratio, example_inputs=x), example_inputs=x)
 
 
-@pytest.mark.parametrize("name", ["resnet20", "vgg19", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet20", "vgg19", pytest.param("resnet50", marks=pytest.mark.slow)])
 def test_a_pruned_model_comes_back_to_the_bit(name, path, x):
     small = pruned(models.build(name, 10), x)
     efreg.save(small, path)

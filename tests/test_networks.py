@@ -41,6 +41,8 @@ QUICK = {
     "timm:resnest14d": 3.5,
 }
 
+SLOW = ("torchvision:densenet121", "timm:rexnet_100", "timm:levit_128s", "timm:hrnet_w18_small")
+
 
 def reference(model, plan, standardised=()):
     """A deep copy in float64 whose readers' columns are zero at the units that go, made by hand.
@@ -106,7 +108,9 @@ def held(model, x, least, *, tolerance=1e-9, approximate=False, standardised=())
     torch.optim.SGD(pruned.parameters(), lr=1e-3).step()
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in QUICK]
+)
 def test_half_of_every_group_goes(name):
     case = zoo.cases()[name]
     case = replace(case, size=min(case.size, 224 if "levit" in name else 64))
@@ -140,7 +144,9 @@ def test_the_whole_list(name):
     held(model, case.inputs(), case.least, **ways)
 
 
-@pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2", "densenet121"])
+@pytest.mark.parametrize(
+    "name", ["resnet50", "mobilenet_v2", pytest.param("densenet121", marks=pytest.mark.slow)]
+)
 def test_units_are_what_torch_pruning_finds(name):
     """(module, axis, indices) of the first and the last unit of every group."""
     tp = pytest.importorskip("torch_pruning")
