@@ -294,6 +294,8 @@ def test_once_is_enough(net, plan):
     widths = efreg.nested(net, plan, only(0.5))
     with pytest.raises(ValueError, match="nested already"):
         efreg.nested(net, plan, only(0.7))
+    with widths.whole(), pytest.raises(ValueError, match="nested already"):
+        efreg.nested(net, plan, only(0.7))
     widths.detach()
     efreg.nested(net, plan, only(0.7)).detach()
 

@@ -56,7 +56,7 @@ def nested(
         raise ValueError("DataParallel copies the model at every step: use DistributedDataParallel")
     if not isinstance(plan, Plan):
         raise TypeError(f"plan is {plan!r}: make one with efreg.plan")
-    if any(True for _ in veils(unwrap(model))):
+    if veils(unwrap(model)):
         raise ValueError("the model, or a part of it, is nested already: detach that first")
     return Nesting(unwrap(model), plan, ratios, between, seed)
 
@@ -207,7 +207,7 @@ class Nesting:
         stepped = (p for group in optimizer.param_groups for p in group["params"])
         if not any(id(p) in self._parameters for p in stepped):
             return
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "a CUDA graph of an optimizer's step draws no widths at its replays: capture forward and "
                 "backward, and step outside"
@@ -306,7 +306,9 @@ class _Reader:
         self._weight = None
 
     def _fill(self) -> None:
-        """The mask, in place where it can be, so that what was compiled stays."""
+        """The mask, in place where it can be, so that what was compiled stays; made where the weight lies, so
+        that nobody waits for a GPU."""
+        self._levels = [levels.to(self.weight.device) for levels in self._levels]
         kept = torch.stack(torch.broadcast_tensors(*(levels > self._level for levels in self._levels))).all(0)
         like = self._mask.shape, self._mask.dtype, self._mask.device
         if like != (kept.shape, self.weight.dtype, self.weight.device):
@@ -326,18 +328,18 @@ class _Veil:
     """
 
     def __init__(self, readers: Sequence[_Reader] = (), alone: bool = False, nesting: Nesting | None = None):
-        self._readers, self._alone, self._nesting = readers, alone, nesting
+        self.readers, self._alone, self._nesting = readers, alone, nesting
         self._drawn: list[list[_Reader]] = []
 
     @property
     def is_active(self) -> bool:
         """Whether it hides what it can."""
-        return bool(self._readers) and not self._nesting.resting
+        return bool(self.readers) and not self._nesting.resting
 
     def draw(self, module: nn.Module, args: tuple) -> None:
         """The pre hook: what is not hidden yet. In a backward pass a part runs again, as it was."""
         hides = module.training and self.is_active
-        mine = [reader for reader in self._readers if not reader.is_hidden] if hides else []
+        mine = [reader for reader in self.readers if not reader.is_hidden] if hides else []
         again = self._alone and torch._C._current_graph_task_id() != -1
         for reader in mine:
             reader.hide(again=again)
@@ -355,11 +357,11 @@ class _Veil:
         return _Veil, ()
 
 
-def veils(model: nn.Module) -> Iterator[_Veil]:
-    """Those that hide something of the model, or of a part of it."""
+def veils(model: nn.Module) -> list[_Veil]:
+    """Those that hang before the model, or a part of it, at work or resting."""
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
     found = (getattr(hook, "__self__", None) for hook in hooks)
-    return (veil for veil in found if isinstance(veil, _Veil) and veil.is_active)
+    return [veil for veil in found if isinstance(veil, _Veil) and veil.readers]
 
 
 def _listening(nesting: Nesting) -> RemovableHandle:

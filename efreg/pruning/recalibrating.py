@@ -37,7 +37,7 @@ def recalibrate(
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if not norms:
         raise ValueError(f"{type(model).__name__} has no batch norm with running statistics to recalibrate")
-    if any(True for _ in veils(unwrap(model))):
+    if any(veil.is_active for veil in veils(unwrap(model))):
         raise ValueError("the model is nested, at a drawn width: recalibrate within `with widths.whole():`")
     batches = iter(loader)
     first = next(batches, None)
