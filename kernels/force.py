@@ -383,10 +383,10 @@ class _Launcher:
 
     def __call__(self, dtype: torch.dtype, *tensors: torch.Tensor, **constants) -> None:
         """One program for each of the tiles, which are the first of the tensors."""
-        programs, device = len(tensors[0]), tensors[0].device
+        programs, device = tensors[0].shape[0], tensors[0].device
         if programs == 0:
             return
-        key = (device, dtype, *constants.values())
+        key = (device.index, dtype, *constants.values())
         with _current(device):
             if compiled := self._compiled.get(key):
                 kernel, constants = compiled
@@ -423,9 +423,12 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 def _current(device: torch.device):
     """The context in which `device` is the current one."""
     if device.type == "cpu":
-        return nullcontext()
+        return _HERE
     module = torch.get_device_module(device)
-    return nullcontext() if device.index == module.current_device() else module.device(device)
+    return _HERE if device.index == module.current_device() else module.device(device)
+
+
+_HERE = nullcontext()
 
 
 _measure = _Launcher(measure_kernel, launch.measuring_registers)

@@ -44,13 +44,14 @@ class Launched(Backend):
     def pull(self, grads, rows, coefficients, *, scale, direction):
         table = table_of(rows)
         table.check(coefficients)
-        targets, copies = table.targets(grads, rows)
+        there = [grad for grad in grads if grad is not None]
+        targets, copies = table.targets(grads, there, rows)
         table.read(rows)
         along = DIRECTIONS.index(direction)
         self._launch("pull", table, table.units, targets, coefficients, table.scale(scale), along)
         for grad, copy in copies:
             grad.detach().copy_(copy)
-        torch.autograd.graph.increment_version([grad for grad in grads if grad is not None])
+        torch.autograd.graph.increment_version(there)
 
     def shrink(self, rows, coefficients, *, rates, found_inf=None, direction):
         table = table_of(rows)
@@ -74,7 +75,6 @@ class Launched(Backend):
             "charge", table, *shapes, table.magnitude, table.balance, coefficients,
             numbers, law.sign == "count",
         )  # fmt: skip
-        keep_if_captured(table.device, shapes)
 
     def _launch(self, operation: str, table: Table, *arguments) -> None:
         getattr(self._kernels, operation)(table.tiles, table.layout, table.weights, *arguments, table.dtype)

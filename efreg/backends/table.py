@@ -40,18 +40,18 @@ class Table:
         self.layout = send(list(zip(filters, sizes, starts)), torch.int64, self.device)
         self.units = send(rows.places, torch.int32, self.device)
         self.weights = send(addresses, torch.int64, self.device)
-        acc = accumulator(self.dtype)
+        self.accumulator = acc = accumulator(self.dtype)
         self.magnitude, self.balance = torch.empty(2, sum(filters), dtype=acc, device=self.device)
         self._sent_targets = Sent(torch.int64, self.device)
         self._sent_law, self._sent_scale, self._sent_rates = (Sent(acc, self.device) for _ in range(3))
+        self._one = on_device(1.0, self.magnitude)
         self._seen: tuple = ()
 
     def check(self, coefficients: Tensor) -> None:
         """Raises ValueError for coefficients that kernels, which see an address alone, would misread."""
-        like = self.magnitude
-        if coefficients.dtype is not like.dtype or coefficients.device != like.device:
+        if coefficients.dtype is not self.accumulator or coefficients.device != self.device:
             found = f"{coefficients.dtype} on {coefficients.device}"
-            raise ValueError(f"coefficients are {found}: give {like.dtype} on {like.device}")
+            raise ValueError(f"coefficients are {found}: give {self.accumulator} on {self.device}")
         if not coefficients.is_contiguous():
             raise ValueError("coefficients must be contiguous")
 
@@ -65,12 +65,14 @@ class Table:
         for i, copy in self.copies.items():
             rows.tensors[i].detach().movedim(rows.dims[i], 0).copy_(copy)
 
-    def targets(self, grads: list[Tensor | None], rows: Rows) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    def targets(
+        self, grads: list[Tensor | None], there: list[Tensor], rows: Rows
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Addresses and turns of the gradients, on the device; and (gradient, copy) where a copy is pulled.
 
+        there: the gradients that are not None.
         Raises ValueError for a gradient whose shape, dtype or device is not its weight's.
         """
-        there = [grad for grad in grads if grad is not None]
         missing = [i for i, grad in enumerate(grads) if grad is None] if len(there) < len(grads) else []
         seen = missing, list(map(Tensor.data_ptr, there)), list(map(Tensor.stride, there))
         if seen == self._seen:
@@ -92,9 +94,9 @@ class Table:
 
     def scale(self, scale: float | Tensor) -> Tensor:
         """A factor of all rows on the device, 0-dim; a number that is not 1 is one that changes."""
-        if isinstance(scale, Tensor) or scale == 1:
+        if isinstance(scale, Tensor):
             return on_device(scale, self.magnitude)
-        return self._sent_scale([float(scale)])[0]
+        return self._one if scale == 1 else self._sent_scale([float(scale)])[0]
 
     def rates(self, rates: list[float | Tensor]) -> Tensor:
         """The rows' learning rates on the device: numbers are sent, tensors that lie there gathered."""

@@ -1,7 +1,7 @@
 """Batches: the parameters that share the operations' calls."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import is_
 from typing import NamedTuple
 
@@ -118,14 +118,15 @@ class Batch:
         self._gone: list[weakref.ref] = []
         self._modules = [weakref.ref(f.module, self._gone.append) for f in self.found]
         others = [f for f in ahead if id(f.place) not in there]
-        self._places = [(f.module._parameters, f.key) for f in (*self.found, *others)]
-        self._parameters = self._look_up()
+        watched = [*self.found, *others]
+        self._holders, self._keys = [f.module._parameters for f in watched], [f.key for f in watched]
+        self._parameters = list(self._look_up())
         self._known = self._look()
 
     def is_current(self) -> bool:
         """Whether the parameters are still those that the batch was made of, where they were."""
-        there = self._look_up()
-        return all(map(is_, there, self._parameters)) and self._look() == self._known and not self._gone
+        there = map(is_, self._look_up(), self._parameters)
+        return all(there) and self._look() == self._known and not self._gone
 
     def will_be_due(self, refresh: int | None) -> bool:
         """Whether charges are to be taken in the next step."""
@@ -161,7 +162,8 @@ class Batch:
         already and are left as they are, but with `again`, and in a capture, whose replays see new ones.
         """
         whole = [parameter.grad for parameter in self._pulled]
-        if not again and not capturing(self.device) and self._mark.is_on(whole):
+        there = [grad for grad in whole if grad is not None]
+        if not again and not capturing(self.device) and self._mark.is_on(there):
             return
         grads, scale = self._sliced(whole), times(scale, -1.0) if self.maximize else scale
         if self._due and self._together and most is None:
@@ -178,7 +180,7 @@ class Batch:
             self.charge(law)
             c = self.coefficients(most)
             self.backend.pull(grads, self._rows, c, scale=scale, direction=law.direction)
-        self._mark = _Mark(whole)
+        self._mark = _Mark(there)
 
     def shrink(self, law: Law, rates: list[Factor], found_inf: Tensor | None, most: Factor | None) -> None:
         """The proximal step of every parameter, at rates[i]."""
@@ -232,8 +234,8 @@ class Batch:
                 grads = [*grads[:i], grads[i].detach().narrow(dim, first, length), *grads[i + 1 :]]
         return grads
 
-    def _look_up(self) -> list:
-        return [parameters.get(key) for parameters, key in self._places]
+    def _look_up(self) -> Iterator:
+        return map(dict.get, self._holders, self._keys)
 
     def _look(self) -> tuple:
         """What is compared at every step, with little time for each parameter."""
@@ -244,21 +246,22 @@ class Batch:
 class _Mark:
     """What a pull leaves on gradients: which was the first, and how often each had been written to.
 
-    Those behind the first need no look of their own: one that is new has been written to less often.
+    Those behind the first need no look of their own: one that is new has been written to less often. Most
+    steps are told apart by the first alone.
     """
 
-    def __init__(self, grads: Sequence[Tensor | None]):
-        first = _first(grads)
-        self._first = _nothing if first is None else weakref.ref(first)
+    def __init__(self, grads: Sequence[Tensor]):
+        self._first = weakref.ref(grads[0]) if grads else _nothing
         self._versions = _versions(grads)
 
-    def is_on(self, grads: Sequence[Tensor | None]) -> bool:
+    def is_on(self, grads: Sequence[Tensor]) -> bool:
         """Whether these are the same, and nothing has been written to them since."""
-        first = self._first()
+        first = grads[0] if grads else None
         return (
             first is not None
-            and first is _first(grads)
+            and first is self._first()
             and self._versions is not None
+            and self._versions[0] == first._version
             and self._versions == _versions(grads)
         )
 
@@ -289,14 +292,10 @@ def times(number: Factor, strength: Factor) -> Factor:
     return number if strength == 1 else number * strength
 
 
-def _first(grads: Sequence[Tensor | None]) -> Tensor | None:
-    return next((grad for grad in grads if grad is not None), None)
-
-
-def _versions(grads: Sequence[Tensor | None]) -> list[int] | None:
+def _versions(grads: Sequence[Tensor]) -> list[int] | None:
     """How often each was written to; None where nobody counts, as in inference mode."""
     try:
-        return [-1 if grad is None else grad._version for grad in grads]
+        return [grad._version for grad in grads]
     except RuntimeError:
         return None
 

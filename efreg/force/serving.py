@@ -253,7 +253,7 @@ class Serving:
             self._look(batch, strength, fresh)
 
     def _look(self, batch: Batch, strength: Factor, fresh: bool) -> None:
-        if self._watch is not None and self.law.paced and fresh and not capturing(batch.device):
+        if fresh and self._watch is not None and self.law.paced and not capturing(batch.device):
             self._watch.look(batch, self.unit_law, strength)
 
     def _pulling(
