@@ -6,6 +6,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from allpairspy import AllPairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +27,15 @@ SHAPES = [
     (300, 1),
     (4, 2, 3, 3, 3),
 ]
+
+
+def pairwise(**factors):
+    """Cases in which any two values of two factors meet; each backend has them all."""
+    return pytest.mark.parametrize(
+        list(factors),
+        [tuple(case) for case in AllPairs([list(values) for values in factors.values()])],
+        ids=str,
+    )
 
 
 def rows_of(*weights, dims=None):
@@ -84,8 +94,7 @@ def test_magnitudes_are_the_exact_sums(backend, dtype, shape):
     assert ((charges.magnitude.double() - exact).abs() <= allowed).all()
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("sign", ["count", "sum"])
+@pairwise(shape=SHAPES, dtype=DTYPES, sign=["count", "sum"])
 def test_signs(backend, dtype, shape, sign):
     weight = torch.randn(shape, dtype=torch.float64).to(dtype)
     (charges,) = measured(backend, weight, sign=sign)
@@ -162,9 +171,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("weight_layout", LAYOUTS)
-@pytest.mark.parametrize("grad_layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(6, 4, 3, 3), (6, 4, 1, 1), (6, 1, 3, 3)], ids=str)
+@pairwise(weight_layout=LAYOUTS, grad_layout=LAYOUTS, shape=[(6, 4, 3, 3), (6, 4, 1, 1), (6, 1, 3, 3)])
 def test_layouts_of_weight_and_gradient(backend, weight_layout, grad_layout, shape):
     """sgn(w_i) goes to the gradient of the same index, whatever the strides."""
     weight, grad = LAYOUTS[weight_layout](torch.randn(shape)), LAYOUTS[grad_layout](torch.randn(shape))
@@ -177,8 +184,7 @@ def test_layouts_of_weight_and_gradient(backend, weight_layout, grad_layout, sha
     torch.testing.assert_close(weight, expected, rtol=2 * eps(torch.float32), atol=eps(torch.float32))
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pairwise(shape=SHAPES, dtype=DTYPES, direction=DIRECTIONS)
 def test_pull(backend, dtype, shape, direction):
     """g + scale · c_n · sgn(w), or c_n · w/‖w‖₂, or a share less, in the accumulator and rounded once."""
     weight, grad = (torch.randn(shape, dtype=torch.float64).to(dtype) for _ in range(2))
@@ -197,8 +203,7 @@ def test_pull(backend, dtype, shape, direction):
     assert ((grad.double() - expected).abs() <= allowed).all()
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pairwise(shape=SHAPES, dtype=DTYPES, direction=DIRECTIONS)
 def test_shrink(backend, dtype, shape, direction):
     """sgn(w) · max(|w| − t, 0), w · max(1 − t/‖w‖₂, 0), or w · max(1 − t, 0), at t = scale · c_n."""
     weight = torch.randn(shape, dtype=torch.float64).to(dtype)
