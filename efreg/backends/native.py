@@ -169,8 +169,7 @@ def _processor() -> str:
 def _build(extension: Extension, name: str, folder: Path) -> ModuleType:
     if extension is CUDA:
         os.environ["CUDA_HOME"] = str(toolkit())
-    from torch.utils import cpp_extension
-
+    cpp_extension = _torch_extensions()
     _put_ninja_on_path()
     logger.warning("building the %s operations into %s: once, about half a minute", extension.name, folder)
     unfinished = folder.with_suffix(".unfinished")
@@ -189,6 +188,13 @@ def _build(extension: Extension, name: str, folder: Path) -> ModuleType:
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(unfinished, folder)
     return module
+
+
+def _torch_extensions() -> ModuleType:
+    """torch.utils.cpp_extension, without its word that a CUDA toolkit is here and no device."""
+    known = logging.getLogger("torch.utils.cpp_extension")
+    known.addFilter(lambda record: "No CUDA runtime" not in record.getMessage())
+    return importlib.import_module("torch.utils.cpp_extension")
 
 
 def _put_ninja_on_path() -> None:

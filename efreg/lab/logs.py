@@ -1,6 +1,7 @@
 """What a training run writes down as it goes: log.csv and TensorBoard events, one row an epoch."""
 
 import csv
+import os
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -23,6 +24,7 @@ class Log:
     """
 
     def __init__(self, out: Path, history: list[Row]):
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorBoard loads TensorFlow where it is
         from torch.utils.tensorboard import SummaryWriter
 
         self.path, self.rows = out / "log.csv", list(history)
