@@ -171,7 +171,9 @@ LAYOUTS = {
 }
 
 
-@pairwise(weight_layout=LAYOUTS, grad_layout=LAYOUTS, shape=[(6, 4, 3, 3), (6, 4, 1, 1), (6, 1, 3, 3)])
+@pytest.mark.parametrize("shape", [(6, 4, 3, 3), (6, 4, 1, 1), (6, 1, 3, 3)], ids=str)
+@pytest.mark.parametrize("weight_layout", LAYOUTS)
+@pytest.mark.parametrize("grad_layout", LAYOUTS)
 def test_layouts_of_weight_and_gradient(backend, weight_layout, grad_layout, shape):
     """sgn(w_i) goes to the gradient of the same index, whatever the strides."""
     weight, grad = LAYOUTS[weight_layout](torch.randn(shape)), LAYOUTS[grad_layout](torch.randn(shape))
