@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help test coverage bench cuda-check lint format
+.PHONY: help test coverage bench docs cuda-check lint format
 
 CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
@@ -14,6 +14,10 @@ coverage:  ## quick tests, and which lines of efreg/ they miss
 
 bench:     ## benchmarks, one CSV row a figure
 	pytest bench --benchmark-only
+
+DOCS = docs/_build
+docs:      ## the pages of docs/ as HTML in docs/_build; a warning is an error
+	sphinx-build --fail-on-warning --keep-going --quiet docs $(DOCS)
 
 cuda-check: ## compile and link the CUDA operations for sm_75, sm_80 and sm_90; needs nvcc, no GPU
 	TORCH_EXTENSIONS_DIR=$$(mktemp -d) TORCH_CUDA_ARCH_LIST="7.5;8.0;9.0" \

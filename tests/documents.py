@@ -20,6 +20,7 @@ def blocks(page: Path) -> list[str]:
 
 
 def console_lines(page: Path, program: str) -> list[list[str]]:
-    """The words behind the program's name on each indented line that begins with it."""
-    lines = re.findall(rf"^    {re.escape(program)} (.*)$", page.read_text(), re.MULTILINE)
+    """The words behind the program's name on each indented line that has it; a backslash goes on."""
+    text = re.sub(r"\\\n *", "", page.read_text())
+    lines = re.findall(rf"^    (?:torchrun .*)?{re.escape(program)} (.*)$", text, re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]

@@ -57,10 +57,11 @@ class Inspection:
 def inspect(model: nn.Module, example_inputs: Any, *, approximate: bool = False) -> Inspection:
     """All groups of a network: what could go, what is frozen, and why.
 
-    Nothing is cut and nothing proven: `efreg.plan` tries what it plans. approximate: as there.
+    Nothing is cut and nothing proven: `efreg.plan` tries what it plans.
 
     example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments, or a list of these: several
         calls.
+    approximate: as in `efreg.plan`.
 
     Raises ValueError where the model cannot take the inputs, PruningError where it cannot be copied or
     opened.

@@ -1,0 +1,195 @@
+"""The pages of docs/: their code runs, and a browser that opens each of them has nothing to complain of."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urlsplit
+
+import pytest
+import torch
+from documents import ROOT, blocks, console_lines, run_blocks
+
+import efreg
+from efreg import cli
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+PHONE = {"width": 390, "height": 844}
+
+TABLES = set(
+    ["forces", "speedups", "table3", "table4", "table5", "table6", "no-finetuning", "figure2", "figure3"]
+)
+"""What `python -m bench.paper` is asked for."""
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
+def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
+    """Each block goes on where the one before it ended, as a reader would paste them."""
+    monkeypatch.chdir(tmp_path)
+    names = run_blocks(page)
+    assert isinstance(names["model"], torch.nn.Module)
+
+
+def test_console_lines_are_understood():
+    """Every `efreg` line is one that the console script takes, and every command is shown."""
+    lines = [
+        line for page in PAGES for program in ("efreg", "-m efreg") for line in console_lines(page, program)
+    ]
+    for line in lines:
+        cli._parser().parse_args(line)
+    shown = {line[0] for line in lines}
+    assert {command.name for command in cli.COMMANDS} - shown <= {"paper"}
+
+
+def test_lines_that_make_the_tables():
+    lines = console_lines(ROOT / "docs" / "results.md", "python -m bench.paper")
+    lines += console_lines(ROOT / "docs" / "results.md", "-m bench.paper")
+    assert {line[0] for line in lines} <= TABLES
+    assert len(lines) >= 6
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What a browser found on a page.
+
+    complaints: of its console, and requests that failed or went to a network. pictures: that are missing.
+    links: addresses, whole. ids: what a link can point to. overflow: pixels that the page is wider than the
+    phone. raw: text that is markup which nobody rendered.
+    """
+
+    address: str
+    complaints: list[str]
+    pictures: list[str]
+    links: list[str]
+    ids: set[str]
+    overflow: int
+    raw: list[str]
+
+
+MISSING_PICTURES = """
+    async () => {
+        const missing = [];
+        for (const picture of document.images) {
+            picture.loading = "eager";
+            await picture.decode().catch(() => missing.push(picture.src));
+        }
+        return missing;
+    }"""
+
+RAW_MARKUP = """
+    () => [...document.querySelectorAll("article p, article li, article td, article dd")]
+        .map(element => { const e = element.cloneNode(true); e.querySelectorAll("code, pre").forEach(c => c.remove()); return e.textContent })
+        .filter(text => /`|\\]\\(|\\{(doc|ref)\\}/.test(text))"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The folder of the pages as `make docs` builds them."""
+    out = tmp_path_factory.mktemp("docs")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    built = subprocess.run(
+        ["make", "docs", f"DOCS={out}"],
+        cwd=ROOT,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if built.returncode:
+        pytest.fail(f'make docs failed (it needs pip install -e ".[docs]"):\n{built.stdout}{built.stderr}')
+    return out
+
+
+@pytest.fixture(scope="module")
+def visits(site) -> list[Visit]:
+    """Every page, opened on a phone."""
+    from playwright.sync_api import sync_playwright
+
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.fail(f"no browser here, of {', '.join(BROWSERS)}: apt-get install chromium")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        phone = chromium.new_context(viewport=PHONE)
+        found = [visit(phone, path.as_uri()) for path in sorted(site.rglob("*.html"))]
+        chromium.close()
+    return found
+
+
+def visit(phone, address: str) -> Visit:
+    page = phone.new_page()
+    complaints = []
+    page.on(
+        "console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None
+    )
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("requestfailed", lambda request: complaints.append(f"cannot be had: {request.url}"))
+    page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else complaints.append(r.url))
+    page.goto(address)
+    found = Visit(
+        address,
+        complaints,
+        pictures=page.evaluate(MISSING_PICTURES),
+        links=page.eval_on_selector_all("a[href]", "links => links.map(link => link.href)"),
+        ids=set(page.eval_on_selector_all("[id]", "elements => elements.map(element => element.id)")),
+        overflow=page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth"),
+        raw=page.evaluate(RAW_MARKUP),
+    )
+    page.close()
+    return found
+
+
+@pytest.mark.slow
+def test_every_page_is_built(site, visits):
+    names = {page.stem for page in PAGES} | {
+        f"tables/{t.stem}" for t in (ROOT / "bench/results").glob("*.md")
+    }
+    assert names <= {path.relative_to(site).with_suffix("").as_posix() for path in site.rglob("*.html")}
+
+
+@pytest.mark.slow
+def test_the_api_has_every_public_name(visits):
+    (api,) = (visit for visit in visits if visit.address.endswith("/api.html"))
+    named = {"schedules": "efreg.schedules.cosine"}
+    assert {name for name in efreg.__all__ if named.get(name, f"efreg.{name}") not in api.ids} == set()
+
+
+@pytest.mark.slow
+def test_the_console_is_silent_and_no_network_is_asked(visits):
+    assert {visit.address: visit.complaints for visit in visits if visit.complaints} == {}
+
+
+@pytest.mark.slow
+def test_no_picture_is_missing(visits):
+    assert {visit.address: visit.pictures for visit in visits if visit.pictures} == {}
+
+
+@pytest.mark.slow
+def test_no_link_is_broken(visits):
+    """Within the pages: the file is there, and what the fragment names in it."""
+    ids = {visit.address: visit.ids for visit in visits}
+    assert {
+        (visit.address, link) for visit in visits for link in visit.links if is_broken(link, ids)
+    } == set()
+
+
+def is_broken(link: str, ids: dict[str, set[str]]) -> bool:
+    address, fragment = urldefrag(link)
+    parts = urlsplit(address)
+    if parts.scheme != "file":
+        return False
+    there = Path(unquote(parts.path)).is_file()
+    return not there or (bool(fragment) and unquote(fragment) not in ids[parts._replace(query="").geturl()])
+
+
+@pytest.mark.slow
+def test_no_page_is_wider_than_a_phone(visits):
+    assert {visit.address: visit.overflow for visit in visits if visit.overflow > 0} == {}
+
+
+@pytest.mark.slow
+def test_all_markup_is_rendered(visits):
+    assert {visit.address: visit.raw for visit in visits if visit.raw} == {}
