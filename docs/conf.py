@@ -44,7 +44,8 @@ def block(paragraph: str) -> str:
     prose, *items = NAMES.split(" ".join(paragraph.split()))
     if prose:
         return inline(" ".join(paragraph.split()))
-    return "\n".join(f"{term(names)}\n    {inline(text)}" for names, text in zip(items[::2], items[1::2]))
+    pairs = zip(items[::2], items[1::2], strict=True)
+    return "\n".join(f"{term(names)}\n    {inline(text)}" for names, text in pairs)
 
 
 def term(names: str) -> str:

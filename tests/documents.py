@@ -20,7 +20,7 @@ def blocks(page: Path) -> list[str]:
 
 
 def console_lines(page: Path, program: str) -> list[list[str]]:
-    """The words behind the program's name on each indented line that has it; a backslash goes on."""
+    """The words behind a program's name on each indented line that runs it, also as a module of Python's."""
     text = re.sub(r"\\\n *", "", page.read_text())
-    lines = re.findall(rf"^    (?:torchrun .*)?{re.escape(program)} (.*)$", text, re.MULTILINE)
+    lines = re.findall(rf"^    (?:(?:python|torchrun .*) -m )?{re.escape(program)} (.*)$", text, re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
