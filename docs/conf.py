@@ -20,6 +20,7 @@ html_title = f"efreg {release}"
 html_static_path = ["_static"]
 html_css_files = ["efreg.css"]
 html_show_sourcelink = False
+html_use_index = html_domain_indices = False
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
