@@ -42,11 +42,12 @@ def block(paragraph: str) -> str:
     """A paragraph: code where all of it is indented, a list of definitions where it begins with a name."""
     if all(line.startswith("    ") for line in paragraph.split("\n")):
         return f"::\n\n{paragraph}"
-    prose, *items = NAMES.split(" ".join(paragraph.split()))
+    text = " ".join(paragraph.split())
+    prose, *items = NAMES.split(text)
     if prose:
-        return inline(" ".join(paragraph.split()))
+        return inline(text)
     pairs = zip(items[::2], items[1::2], strict=True)
-    return "\n".join(f"{term(names)}\n    {inline(text)}" for names, text in pairs)
+    return "\n".join(f"{term(names)}\n    {inline(what)}" for names, what in pairs)
 
 
 def term(names: str) -> str:
