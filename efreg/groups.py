@@ -114,7 +114,7 @@ def tensor_of(model: nn.Module, name: str) -> Tensor:
     """A parameter or buffer by its qualified name. Raises AttributeError where there is none."""
     path, _, key = name.rpartition(".")
     module = model.get_submodule(path)
-    found = module._parameters.get(key)
+    found: Tensor | None = module._parameters.get(key)
     found = module._buffers.get(key) if found is None else found
     if found is None:
         raise AttributeError(f"there is no {name!r}")
@@ -143,6 +143,6 @@ def unwrap(model: nn.Module) -> nn.Module:
         if isinstance(model, (DistributedDataParallel, DataParallel)):
             model = model.module
         elif "_orig_mod" in model._modules:
-            model = model._orig_mod
+            model = model.get_submodule("_orig_mod")
         else:
             return model

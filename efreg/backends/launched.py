@@ -1,14 +1,17 @@
 """Whole-model launches on a GPU, in Triton or in CUDA C++: one for each operation, however many rows."""
 
+from types import ModuleType
+
 import torch
+from torch import Tensor
 
 from efreg.backends import native
 from efreg.backends.native import BackendUnavailable
-from efreg.backends.protocol import Backend, fused
-from efreg.backends.rows import Rows
+from efreg.backends.protocol import Backend, Grads, Kept, fused
+from efreg.backends.rows import Groups, Rows
 from efreg.backends.sending import capturing, keep_if_captured, on_device
 from efreg.backends.table import Table, shapes_of, table_of
-from efreg.force.laws import DIRECTIONS
+from efreg.force.laws import DIRECTIONS, Factor, Law
 
 
 class Launched(Backend):
@@ -30,18 +33,18 @@ class Launched(Backend):
                 f"{self.name} does not run on {device}: {native.last_line(error)}"
             ) from error
 
-    def _load(self):
+    def _load(self) -> ModuleType:
         raise NotImplementedError
 
-    def measure(self, rows, *, sign, norm):
+    def measure(self, rows: Rows, *, sign: str, norm: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         table = table_of(rows)
-        magnitude, balance, norms = (torch.empty_like(table.magnitude) for _ in range(3))
-        norms = norms if norm else None
+        magnitude, balance = torch.empty_like(table.magnitude), torch.empty_like(table.balance)
+        norms = torch.empty_like(table.magnitude) if norm else None
         table.read(rows)
         self._launch("measure", table, magnitude, balance, norms, sign == "count")
         return magnitude, balance, norms
 
-    def pull(self, grads, rows, coefficients, *, scale, direction):
+    def pull(self, grads: Grads, rows: Rows, coefficients: Tensor, *, scale: Factor, direction: str) -> None:
         table = table_of(rows)
         table.check(coefficients)
         there = [grad for grad in grads if grad is not None]
@@ -53,17 +56,25 @@ class Launched(Backend):
             grad.detach().copy_(copy)
         torch.autograd.graph.increment_version(there)
 
-    def shrink(self, rows, coefficients, *, rates, found_inf=None, direction):
+    def shrink(
+        self,
+        rows: Rows,
+        coefficients: Tensor,
+        *,
+        rates: list[Factor],
+        found_inf: Tensor | None = None,
+        direction: str,
+    ) -> None:
         table = table_of(rows)
         table.check(coefficients)
-        found_inf = on_device(0.0 if found_inf is None else found_inf, table.magnitude)
+        skip = on_device(0.0 if found_inf is None else found_inf, table.magnitude)
         table.read(rows)
         along = DIRECTIONS.index(direction)
-        self._launch("shrink", table, table.units, coefficients, table.rates(rates), found_inf, along)
+        self._launch("shrink", table, table.units, coefficients, table.rates(rates), skip, along)
         table.write(rows)
         torch.autograd.graph.increment_version(rows.tensors)
 
-    def charge(self, groups, coefficients, law, kept=None):
+    def charge(self, groups: Groups, coefficients: Tensor, law: Law, kept: Kept | None = None) -> None:
         if not fused(law):
             return super().charge(groups, coefficients, law, kept)
         table = table_of(groups.rows)
@@ -76,7 +87,7 @@ class Launched(Backend):
             numbers, law.sign == "count",
         )  # fmt: skip
 
-    def _launch(self, operation: str, table: Table, *arguments) -> None:
+    def _launch(self, operation: str, table: Table, *arguments: object) -> None:
         getattr(self._kernels, operation)(table.tiles, table.layout, table.weights, *arguments, table.dtype)
         keep_if_captured(table.device, table, arguments)
 
@@ -86,7 +97,7 @@ class Triton(Launched):
 
     name = "triton"
 
-    def _load(self):
+    def _load(self) -> ModuleType:
         return native.load_triton()
 
 
@@ -95,7 +106,7 @@ class Cuda(Launched):
 
     name = "cuda"
 
-    def _load(self):
+    def _load(self) -> ModuleType:
         if torch.version.hip or not torch.cuda.is_available():
             raise BackendUnavailable("there is no CUDA device here")
         return native.load(native.CUDA)

@@ -145,6 +145,7 @@ def _built_at_first_use(extension: Extension) -> ModuleType:
             if not library.exists():
                 return _build(extension, name, folder)
     spec = importlib.util.spec_from_file_location(name, library)
+    assert spec is not None and spec.loader is not None  # the library's suffix is known
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

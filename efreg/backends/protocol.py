@@ -1,7 +1,8 @@
 """What a backend carries out, over the filters of many tensors at once."""
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from efreg.backends.rows import Groups, Rows
 from efreg.force.laws import Electrostatic, Factor, Law
 
-Grads = list[Tensor | None]
+Grads = Sequence[Tensor | None]
 """A gradient for each row, or None."""
 
 
@@ -96,6 +97,6 @@ def apply(
         groups.put(numbers, kept.state[name])
 
 
-def fused(law: Law) -> bool:
+def fused(law: Law) -> TypeGuard[Electrostatic]:
     """Whether the kernels know the law: the paper's own, whose coefficients are taken as it is measured."""
     return type(law) is Electrostatic and not law.relative

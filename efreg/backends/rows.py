@@ -37,7 +37,8 @@ class Rows:
         """Some of the rows."""
         if len(indices) == len(self.tensors):
             return self
-        return Rows(*([part[i] for i in indices] for part in (self.tensors, self.dims, self.units)))
+        tensors, dims, units = self.tensors, self.dims, self.units
+        return Rows([tensors[i] for i in indices], [dims[i] for i in indices], [units[i] for i in indices])
 
     def coefficients(self, coefficients: Tensor) -> list[Tensor]:
         """Those of each row's filters, 0 where there are none."""

@@ -41,12 +41,13 @@ def send(numbers: Sequence | Tensor, dtype: torch.dtype, device: torch.device) -
 class Sent:
     """Numbers on a device that are sent again when they change, to a tensor of their own each time.
 
-    last: what was sent last. A copy that a graph captured is not made until the graph is replayed, so it is
-    never taken for one that is there already.
+    last: what was sent last, if anything was. A copy that a graph captured is not made until the graph is
+    replayed, so it is never taken for one that is there already.
     """
 
+    last: Tensor
+
     def __init__(self, dtype: torch.dtype, device: torch.device):
-        self.last: Tensor | None = None
         self._dtype, self._device = dtype, device
         self._numbers: list | None = None
 

@@ -8,9 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from efreg.backends.protocol import Grads
 from efreg.backends.reference import accumulator
 from efreg.backends.rows import Groups, Rows
 from efreg.backends.sending import Sent, capturing, on_device, send
+from efreg.force.laws import Factor
 
 
 class Table:
@@ -66,7 +68,7 @@ class Table:
             rows.tensors[i].detach().movedim(rows.dims[i], 0).copy_(copy)
 
     def targets(
-        self, grads: list[Tensor | None], there: list[Tensor], rows: Rows
+        self, grads: Grads, there: list[Tensor], rows: Rows
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Addresses and turns of the gradients, on the device; and (gradient, copy) where a copy is pulled.
 
@@ -77,28 +79,31 @@ class Table:
         seen = missing, list(map(Tensor.data_ptr, there)), list(map(Tensor.stride, there))
         if seen == self._seen:
             return self._sent_targets.last, []
-        found = [(None, 1) if grad is None else self._target(i, grad, rows) for i, grad in enumerate(grads)]
-        copies = [
-            (grad.movedim(dim, 0), target)
-            for grad, dim, (target, _) in zip(grads, rows.dims, found)
-            if target is not grad
-        ]
+        found, copies = [], []
+        for i, grad in enumerate(grads):
+            if grad is None:
+                found.append((0, 1))
+                continue
+            target, turn = self._target(i, grad, rows)
+            found.append((target.data_ptr(), turn))
+            if target is not grad:
+                copies.append((grad.movedim(rows.dims[i], 0), target))
         self._seen = ()
-        sent = self._sent_targets([(0 if t is None else t.data_ptr(), turn) for t, turn in found])
+        sent = self._sent_targets(found)
         self._seen = () if copies or capturing(self.device) else seen
         return sent, copies
 
-    def law(self, numbers: list[float]) -> Tensor:
+    def law(self, numbers: list[Factor]) -> Tensor:
         """The law's numbers on the device."""
         return self._sent_law(numbers)
 
-    def scale(self, scale: float | Tensor) -> Tensor:
+    def scale(self, scale: Factor) -> Tensor:
         """A factor of all rows on the device, 0-dim; a number that is not 1 is one that changes."""
         if isinstance(scale, Tensor):
             return on_device(scale, self.magnitude)
         return self._one if scale == 1 else self._sent_scale([float(scale)])[0]
 
-    def rates(self, rates: list[float | Tensor]) -> Tensor:
+    def rates(self, rates: list[Factor]) -> Tensor:
         """The rows' learning rates on the device: numbers are sent, tensors that lie there gathered."""
         if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates):
             return torch.stack([on_device(rate, self.magnitude) for rate in rates])

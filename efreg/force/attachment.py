@@ -2,6 +2,7 @@
 
 import logging
 import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from efreg.force import stepping
 from efreg.force.batches import Charging, times
 from efreg.force.laws import Alpha, Charges, Factor, Fade, Law, resolve
-from efreg.force.serving import Chosen, Serving
-from efreg.force.targets import Clock, Planned, find_targets
+from efreg.force.serving import Chosen, Serving, living
+from efreg.force.targets import Clock, Layers, Planned, Target, find_targets
 from efreg.groups import unwrap
 
 logger = logging.getLogger("efreg")
@@ -26,7 +27,7 @@ def attach(
     alpha: Alpha | None = None,
     *,
     law: str | Law = "electrostatic",
-    layers=None,
+    layers: Layers = None,
     scope: str | None = None,
     refresh: int | None = None,
     update: str | None = None,
@@ -101,12 +102,22 @@ class Attachment:
     law, scope, refresh_every, update: as given to `attach`.
     """
 
-    def __init__(self, model, law, targets, *, chosen, scope, refresh, update, most, check, backend):
-        self.law: Law = law
-        self.scope: str = scope
-        self.refresh_every: int | None = refresh
-        self.update: str = update
-        self._check: str | None = check
+    def __init__(
+        self,
+        model: nn.Module,
+        law: Law,
+        targets: list[Target],
+        *,
+        chosen: Chosen,
+        scope: str,
+        refresh: int | None,
+        update: str,
+        most: float | None,
+        check: str | None,
+        backend: str,
+    ):
+        self.law, self.scope, self.refresh_every, self.update = law, scope, refresh, update
+        self._check = check
         self._serving = Serving(
             model,
             law,
@@ -140,10 +151,8 @@ class Attachment:
 
         α is that of the last step; what `scope="filter"` pulls beside the weights is not in it.
         """
-        terms = [
-            times(self._serving.unit_law.energy(charges, charges.coefficient), self._serving.strength(target))
-            for target, charges in self._now(fresh=True)
-        ]
+        law, strength = self._serving.unit_law, self._serving.strength
+        terms = [times(law.energy(now, c), strength(target)) for target, now, c in self._now(fresh=True)]
         return torch.stack([term.to(terms[0]) for term in terms]).sum()
 
     @torch.no_grad()
@@ -153,10 +162,8 @@ class Attachment:
         Before the charges were first taken, the coefficients are those that the weights now would have.
         """
         found = {
-            target.name: replace(
-                charges, coefficient=times(charges.coefficient, self._serving.strength(target))
-            )
-            for target, charges in self._now()
+            target.name: replace(charges, coefficient=times(c, self._serving.strength(target)))
+            for target, charges, c in self._now()
         }
         return {name: found[name] for name in self.layers if name in found}
 
@@ -171,11 +178,14 @@ class Attachment:
         found = [f for f in self._serving.arranged() if f.parameter is parameter]
         if not found:
             raise ValueError("the force does not act on this parameter: give one that it pulls")
-        total = 0
-        for f in found:
-            c = self._serving.store.shelf(f.target).entries(f.target, f.place, parameter)
-            total = total + times(c, self._serving.strength(f.target)).to(parameter.device)
-        return total
+        first, *others = (
+            times(
+                self._serving.store.shelf(f.target).entries(f.target, f.place, parameter),
+                self._serving.strength(f.target),
+            ).to(parameter.device)
+            for f in found
+        )
+        return sum(others, first)
 
     def pull(self, scale: Factor = 1.0) -> None:
         """Adds the force to all gradients, times `scale`, and counts a step: for loops without torch.optim.
@@ -205,7 +215,7 @@ class Attachment:
             self._mind_the_end()
         self._serving.drop()
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """What training resumes from: the coefficients in force, step counts, what the law keeps."""
         groups = {
             target.name: {
@@ -220,7 +230,7 @@ class Attachment:
         }
         return {"steps": self.steps, "force": self._kind(), "groups": groups}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up where `state_dict` left off.
 
         Raises ValueError, changing nothing, for other layers or groups, and for another law, update, scope or
@@ -250,10 +260,10 @@ class Attachment:
     def __enter__(self) -> "Attachment":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.detach()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         # A copied or pickled model carries no force: a handle kept on it becomes None in the copy.
         return (_nothing, ())
 
@@ -300,15 +310,14 @@ class Attachment:
             "alpha": alpha,
         }
 
-    def _now(self, *, fresh: bool = False):
-        """Each target and its charges now, with the coefficients in force, or `fresh`, those of now."""
-        if self._serving.model() is None:
-            raise RuntimeError("the model of this force is gone")
+    def _now(self, *, fresh: bool = False) -> Iterator[tuple[Target, Charges, Tensor]]:
+        """Each target, its charges now, and the coefficients in force, or `fresh`, those of now."""
+        living(self._serving.model)
         law = self._serving.unit_law
         for charging in self._serving.chargings():
             yield from self._split(charging, law, fresh)
 
-    def _split(self, charging: Charging, law: Law, fresh: bool):
+    def _split(self, charging: Charging, law: Law, fresh: bool) -> Iterator[tuple[Target, Charges, Tensor]]:
         charges = charging.charges(law)
         state = {name: charging.groups.take(flat) for name, flat in charging.shelf.state.items()}
         now = replace(charges, state=state or law.begin(charges))
@@ -319,18 +328,16 @@ class Attachment:
             now = replace(now, planned=charging.groups.take(planned) > 0)
         c = law.of(now)
         if not fresh:
-            taken = torch.tensor(
+            settled = torch.tensor(
                 [target.clock.age is not None for target in charging.targets], device=c.device
             )
             kept = charging.groups.take(charging.shelf.coefficients)
-            c = torch.where(taken[:, None], kept, c)
-        parts = [
-            None if x is None else charging.groups.split(x)
-            for x in (charges.magnitude, charges.sign, charges.norm, c)
-        ]
-        for i, target in enumerate(charging.targets):
-            m, s, norm, own = (None if part is None else part[i] for part in parts)
-            yield target, Charges(m, s, int(charging.groups.numbers[i]), norm, own)
+            c = torch.where(settled[:, None], kept, c)
+        groups = charging.groups
+        m, s, own = map(groups.split, (charges.magnitude, charges.sign, c))
+        norms = [None] * len(m) if charges.norm is None else groups.split(charges.norm)
+        for target, c, *measured in zip(charging.targets, own, m, s, groups.numbers, norms):
+            yield target, Charges(*measured), c
 
 
 _attached: "weakref.WeakSet[Attachment]" = weakref.WeakSet()
@@ -365,7 +372,7 @@ def _ways(law: Law, scope: str | None, update: str | None, **others: Any) -> tup
     return scope or law.scope, update or law.update
 
 
-def _chosen(model: nn.Module, law: Law, layers: Any) -> Chosen:
+def _chosen(model: nn.Module, law: Law, layers: Layers) -> Chosen:
     """Which units are to go, for a law that needs to know.
 
     Raises ValueError without a plan, and for units that the plan's groups have not.
@@ -383,11 +390,12 @@ def _chosen(model: nn.Module, law: Law, layers: Any) -> Chosen:
             "norm): %s; removing them changes the output",
             ", ".join(heard),
         )
-    if getattr(law, "units", None) is None:
+    own: Mapping[str, Sequence[int]] | None = getattr(law, "units", None)
+    if own is None:
         ref = weakref.ref(model)
-        return lambda: layers.filters(ref())
+        return lambda: layers.filters(living(ref))
     sizes = {group.name: group.size for group in groups}
-    for name, units in law.units.items():
+    for name, units in own.items():
         if name not in sizes:
             raise ValueError(
                 f"units names {name!r}, which is no group of the plan: there are {', '.join(sizes)}"
@@ -396,7 +404,7 @@ def _chosen(model: nn.Module, law: Law, layers: Any) -> Chosen:
             raise ValueError(
                 f"units of {name!r} are {list(units)}: they are numbers from 0 to {sizes[name] - 1}"
             )
-    return lambda: law.units
+    return lambda: own
 
 
 def _checked_refresh(refresh: int | None) -> int | None:

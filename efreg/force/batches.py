@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from operator import is_
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -66,13 +66,12 @@ class Charging:
         return self.groups.charges(*self._statistics(law))
 
     def _statistics(self, law: Law) -> tuple[Tensor, Tensor, Tensor | None]:
-        like = self.shelf.coefficients
+        def joined(parts: Sequence[Tensor]) -> Tensor:
+            return torch.cat([part.to(self.shelf.coefficients) for part in parts])
+
         measured = [b.measure(rows, **law.statistics) for b, rows in zip(self._backends, self._rows)]
-        magnitude, balance, norm = (
-            None if parts[0] is None else torch.cat([part.to(like) for part in parts])
-            for parts in zip(*measured)
-        )
-        return magnitude, balance, norm
+        magnitudes, balances, norms = zip(*measured)
+        return joined(magnitudes), joined(balances), None if norms[0] is None else joined(norms)
 
 
 class Batch:
@@ -96,9 +95,9 @@ class Batch:
         first = found[0]
         led = [f.target for f in found if f.target.lead is f.place]
         self.charging = Charging(led, charged, shelf, serving) if led else None
-        ahead = self.charging.found if led else []
+        ahead = self.charging.found if self.charging else []
         there, before = {id(f.place) for f in found}, {id(f.place) for f in ahead}
-        self._together = bool(led) and before <= there and self.charging.backend is not None
+        self._together = self.charging is not None and before <= there and self.charging.backend is not None
         self.found = (
             [*ahead, *(f for f in found if id(f.place) not in before)] if self._together else list(found)
         )
@@ -111,7 +110,8 @@ class Batch:
         for f in found:
             f.place.clock = self.clock
         self.maximize = maximizes(first.parameter, owners)
-        self._due = self._begins = self._stilled = False
+        self._due: Charging | None = None
+        self._begins = self._stilled = False
         self._rows, self._slices = rows_of(self.found, shelf)
         self._pulled = [f.parameter for f in self.found]
         self._mark = _Mark([])
@@ -136,7 +136,7 @@ class Batch:
     def begin(self, refresh: int | None) -> None:
         """One more step: finds out whether charges are to be taken in it."""
         age = self.clock.age
-        self._begins, self._due = age is None, self.will_be_due(refresh)
+        self._begins, self._due = age is None, self.charging if self.will_be_due(refresh) else None
         if refresh != 1 and (refresh or self._due) and capturing(self.device):
             raise RuntimeError(
                 f"refresh={refresh} counts steps, which the replays of a CUDA graph do not: "
@@ -148,12 +148,12 @@ class Batch:
     @property
     def is_due(self) -> bool:
         """Whether charges are still to be taken in this step."""
-        return self._due
+        return self._due is not None
 
     def charge(self, law: Law) -> None:
         """Takes the charges that are due."""
         if self._due:
-            self.charging.take(law, self._kept())
+            self._due.take(law, self._kept())
 
     def pull(self, law: Law, scale: Factor, most: Factor | None, *, again: bool = False) -> None:
         """Adds the force to the gradients, with charges taken now where they are due.
@@ -170,7 +170,7 @@ class Batch:
             self.backend.force(
                 grads,
                 self._rows,
-                self.charging.groups,
+                self._due.groups,
                 self.shelf.coefficients,
                 law,
                 scale=scale,
@@ -224,14 +224,14 @@ class Batch:
     def _kept(self) -> Kept:
         """What the law keeps; charges are no longer due."""
         kept = Kept(self.shelf.state, self._begins, self.shelf.planned)
-        self._due = self._begins = False
+        self._due, self._begins = None, False
         return kept
 
     def _sliced(self, grads: list[Tensor | None]) -> list[Tensor | None]:
         """The gradients of the rows, which may be slices of parameters."""
         for i, (dim, first, length) in self._slices.items():
-            if grads[i] is not None:
-                grads = [*grads[:i], grads[i].detach().narrow(dim, first, length), *grads[i + 1 :]]
+            if (grad := grads[i]) is not None:
+                grads = [*grads[:i], grad.detach().narrow(dim, first, length), *grads[i + 1 :]]
         return grads
 
     def _look_up(self) -> Iterator:
@@ -268,7 +268,9 @@ class _Mark:
 
 def rows_of(found: Sequence[Found], shelf: Shelf) -> tuple[Rows, dict[int, tuple[int, int, int]]]:
     """The places as rows, and which of them are slices of parameters: dimension, first entry, how many."""
-    tensors, units, slices = [], [], {}
+    tensors: list[Tensor] = []
+    units: list[Tensor] = []
+    slices: dict[int, tuple[int, int, int]] = {}
     for i, f in enumerate(found):
         dim, filters = f.place.dim, f.parameter.shape[f.place.dim]
         first, own = f.place.units(filters)
@@ -285,6 +287,10 @@ def maximizes(parameter: Tensor, owners: dict[int, dict]) -> bool:
     return bool(owners and owners[id(parameter)].get("maximize"))
 
 
+@overload
+def times(number: Tensor, strength: Factor) -> Tensor: ...
+@overload
+def times(number: Factor, strength: Factor) -> Factor: ...
 def times(number: Factor, strength: Factor) -> Factor:
     """The product, where the number lies; a strength of 1 costs nothing."""
     if isinstance(strength, Tensor):

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Real
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,13 @@ COULOMB = 8.99e9
 DIRECTIONS = ("sign", "radial", "share")
 """Along what a number is pulled: sgn(w), w/‖w_n‖₂, or by a share of itself. Kernels know them by their place.
 """
+
+
+class Statistics(TypedDict):
+    """What a law asks `measure` for: how a unit's sign is taken, and whether it needs ‖w_n‖₂."""
+
+    sign: str
+    norm: bool
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,13 @@ class Charges:
     def charge(self) -> Tensor:
         """[..., N], q_n = s_n · m_n (Eq. 2)."""
         return self.sign * self.magnitude
+
+    @property
+    def length(self) -> Tensor:
+        """[..., N], ‖w_n‖₂. Raises ValueError where it was not measured."""
+        if self.norm is None:
+            raise ValueError("these charges have no norm: a law that reads it says needs_norm = True")
+        return self.norm
 
     @property
     def source(self) -> Tensor:
@@ -118,7 +132,7 @@ class Law:
     formula: ClassVar[str] = ""
     sign = "count"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         strength_at(self.alpha, 0)
         _require_one_of(f"{type(self).__name__}.sign", self.sign, "count", "sum")
         _require_one_of(f"{type(self).__name__}.direction", self.direction, *DIRECTIONS)
@@ -148,14 +162,19 @@ class Law:
         """Whether the law keeps something from one time to the next."""
         return type(self).begin is not Law.begin
 
+    def fixed_alpha(self) -> Factor:
+        """α as `coefficients` finds it. Raises TypeError for a function of the step."""
+        if callable(self.alpha):
+            raise TypeError(f"alpha of {self} is a function: attach the law, or give its value at a step")
+        return self.alpha
+
     def of(self, charges: Charges) -> Tensor:
         """The coefficients, and 0 for units that are not finite and wherever `coefficients` is not.
 
         Raises ValueError where `coefficients` gives another shape than the magnitudes', TypeError for a
         function as α.
         """
-        if callable(self.alpha):
-            raise TypeError(f"alpha of {self} is a function: attach the law, or give its value at a step")
+        self.fixed_alpha()
         c, m = self.coefficients(charges), charges.magnitude
         if c.shape != m.shape:
             raise ValueError(
@@ -172,7 +191,7 @@ class Law:
         """
         if self.direction == "share":
             return coefficients.new_zeros(())
-        length = charges.norm if self.direction == "radial" else charges.magnitude
+        length = charges.length if self.direction == "radial" else charges.magnitude
         return torch.where(coefficients != 0, coefficients * length, 0).sum()
 
     @classmethod
@@ -192,7 +211,7 @@ class Law:
         return twin
 
     @property
-    def statistics(self) -> dict:
+    def statistics(self) -> Statistics:
         """What `measure` is asked for."""
         return {"sign": self.sign, "norm": self.needs_norm or self.direction == "radial"}
 
@@ -218,7 +237,7 @@ class Electrostatic(Law):
     softening: float = 0.0
     relative: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         _require_nonnegative("k_e", self.k_e)
         _require_nonnegative("softening", self.softening)
@@ -226,7 +245,7 @@ class Electrostatic(Law):
     @property
     def strength(self) -> Factor:
         """α · k_e."""
-        return self.alpha * self.k_e
+        return self.fixed_alpha() * self.k_e
 
     def coefficients(self, charges: Charges) -> Tensor:
         m, s = charges.magnitude, charges.sign
@@ -237,10 +256,10 @@ class Electrostatic(Law):
         r = (s_src * m_src - s * m).abs()
         if self.relative:
             mean = (charges.filled(0).sum(-1, keepdim=True) / (charges.count * charges.size)).to(m.dtype)
-            c = self.alpha * mean / ((r / m_src) ** 2 + self.softening**2)
+            c = self.fixed_alpha() * mean / ((r / m_src) ** 2 + self.softening**2)
         else:
             r = torch.hypot(r, self.softening * m_src) if self.softening else r
-            c = (torch.full_like(r, self.strength) / r) * (m_src / r)
+            c = (torch.full_like(r, float(self.strength)) / r) * (m_src / r)
         acts = is_finite(c) & (s != 0) & (s_src != 0) & (charges.index != source)
         return torch.where(acts, c, 0)
 
@@ -266,7 +285,7 @@ class Gravity(Law):
     distance: str = "mass"
     reading: str = "formula"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         _require_nonnegative("G", self.G)
         _require_one_of("attractor", self.attractor, "largest", "first")
@@ -285,7 +304,7 @@ class Gravity(Law):
         if self.reading == "abstract":
             near = torch.where(there, d, math.inf).amin(-1, keepdim=True)
             d = near + torch.where(there, d, 0).amax(-1, keepdim=True) - d
-        return torch.where(there, self.alpha * self.G * mass / d**2, 0)
+        return torch.where(there, self.fixed_alpha() * self.G * mass / d**2, 0)
 
 
 @dataclass(frozen=True)
@@ -304,7 +323,7 @@ class Torque(Law):
 
     def coefficients(self, charges: Charges) -> Tensor:
         m = charges.magnitude
-        return (self.alpha * (charges.index - self.pivot).abs().to(m.dtype)).expand_as(m)
+        return (self.fixed_alpha() * (charges.index - self.pivot).abs().to(m.dtype)).expand_as(m)
 
 
 @dataclass(frozen=True)
@@ -330,7 +349,7 @@ class Ladder(Law):
     power: float = 1.0
     spare: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         _require_nonnegative("power", self.power)
         _require_nonnegative("spare", self.spare)
@@ -343,7 +362,7 @@ class Ladder(Law):
         last = charges.count - spared - 1
         rank = charges.rank() - spared
         share = rank.clamp_min(0) / last.clamp_min(1)
-        c = self.alpha * (self.power + 1) * share**self.power
+        c = self.fixed_alpha() * (self.power + 1) * share**self.power
         return torch.where((last > 0) & (rank >= 0), c, 0).to(charges.magnitude)
 
 
@@ -354,7 +373,7 @@ class L1(Law):
     formula: ClassVar[str] = "α"
 
     def coefficients(self, charges: Charges) -> Tensor:
-        return torch.full_like(charges.magnitude, self.alpha)
+        return torch.full_like(charges.magnitude, float(self.fixed_alpha()))
 
 
 @dataclass(frozen=True)
@@ -366,7 +385,7 @@ class GroupLasso(Law):
 
     def coefficients(self, charges: Charges) -> Tensor:
         m = charges.magnitude
-        c = torch.as_tensor(self.alpha * charges.size**0.5, dtype=_widest(m), device=m.device)
+        c = torch.as_tensor(self.fixed_alpha() * charges.size**0.5, dtype=_widest(m), device=m.device)
         return c.to(m.dtype).expand_as(m)
 
 
@@ -387,7 +406,7 @@ class GReg1(Law):
     every: int = 10
     ceiling: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if callable(self.alpha) or isinstance(self.alpha, Tensor):
             raise TypeError(f"alpha of {type(self).__name__} is {self.alpha!r}: a factor grows by a number")
@@ -405,12 +424,12 @@ class GReg1(Law):
         due = state["steps"] % self.every == 0
         state["factor"] += self._growth(charges) * due
         state["steps"] += 1
-        return state["factor"] * charges.norm
+        return state["factor"] * charges.length
 
     def _growth(self, charges: Charges) -> Tensor:
         """By how much each factor grows when it is due."""
         factor, picked = charges.state["factor"], charges.state["picked"]
-        return self.alpha * picked * (factor <= self.ceiling)
+        return self.fixed_alpha() * picked * (factor <= self.ceiling)
 
     def _smallest(self, charges: Charges) -> Tensor:
         """Which units are the ⌈ratio · N⌉ of the smallest magnitude."""
@@ -441,7 +460,7 @@ class GReg2(GReg1):
         ripe = open_ & (factor >= self.pick_at)
         picked.copy_(torch.where(ripe, self._smallest(charges).to(picked), picked))
         spared = self.others - factor
-        chosen = torch.where(factor <= self.ceiling, self.alpha, 0.0)
+        chosen = torch.where(factor <= self.ceiling, self.fixed_alpha(), 0.0)
         return torch.where(picked < 0, self.first, torch.where(picked > 0, chosen, spared))
 
 
@@ -476,7 +495,7 @@ class Fade(Law):
     forget: bool = False
     units: Mapping[str, Sequence[int]] | None = field(default=None, hash=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(
                 f"steps is {self.steps!r}: give the number of steps, from 1 up, to be zero after"
@@ -493,7 +512,7 @@ class Fade(Law):
         return self.forget or self.ends(strength)
 
     def ends(self, strength: Factor) -> bool:
-        return strength >= 1
+        return bool(strength >= 1)
 
     def _share(self, step: int) -> float:
         return 1 / max(self.steps - step, 1)

@@ -11,7 +11,7 @@ from efreg.backends import select
 from efreg.backends.reference import accumulator
 from efreg.backends.rows import Groups, Rows, by_device_and_dtype
 from efreg.force.laws import Charges, Law, is_finite
-from efreg.force.targets import Place, Target, check_weight, find_targets
+from efreg.force.targets import Layers, Place, Target, check_weight, find_targets
 from efreg.groups import unwrap
 
 TAGS = (torch.Tag.cudagraph_unsafe,)
@@ -48,7 +48,7 @@ def measure_op(weights: Sequence[Tensor], dims: Sequence[int], sign: str, norm: 
 
 
 @measure_op.register_fake
-def _(weights, dims, sign, norm):
+def _(weights: Sequence[Tensor], dims: Sequence[int], sign: str, norm: bool) -> list[Tensor]:
     _check(weights, dims)
     flat = weights[0].new_empty(_filters(weights, dims), dtype=accumulator(weights[0].dtype))
     return [torch.empty_like(flat) for _ in range(2 + norm)]
@@ -70,7 +70,7 @@ def pull_op(
 
 
 @pull_op.register_fake
-def _(weights, coefficients, dims, direction):
+def _(weights: Sequence[Tensor], coefficients: Tensor, dims: Sequence[int], direction: str) -> list[Tensor]:
     _check(weights, dims)
     return [torch.empty_like(weight) for weight in weights]
 
@@ -96,7 +96,7 @@ class _Penalty(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, law: Law, dims: list[int], groups: Groups | None, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, law: Law, dims: list[int], groups: Groups | None, *weights: Tensor) -> Tensor:
         magnitude, balance, *norm = measure_op(weights, dims, **law.statistics)
         if groups is None:
             charges = _charges(weights, dims, magnitude, balance, *norm)
@@ -112,7 +112,7 @@ class _Penalty(torch.autograd.Function):
         return law.energy(charges, c)
 
     @staticmethod
-    def backward(ctx, grad_energy: Tensor):
+    def backward(ctx: Any, grad_energy: Tensor) -> tuple[Tensor | None, ...]:
         coefficients, *weights = ctx.saved_tensors
         return None, None, None, *pull_op(weights, coefficients * grad_energy, ctx.dims, ctx.direction)
 
@@ -137,7 +137,9 @@ def _charges(
     return Charges(m, signs, size, None if norm is None else rows(norm))
 
 
-def penalty(model_or_weights: nn.Module | Tensor | Iterable[Tensor], law: Law, *, layers=None) -> Tensor:
+def penalty(
+    model_or_weights: nn.Module | Tensor | Iterable[Tensor], law: Law, *, layers: Layers = None
+) -> Tensor:
     """α Σ_layers Σ_n F_n as a term of the loss (Eq. 7), charges taken afresh at every call.
 
     The gradient is Eq. 10, ∂/∂w_n,i = c_n · sgn(w_n,i): charges and distances are held constant. It can be
@@ -166,7 +168,7 @@ def penalty(model_or_weights: nn.Module | Tensor | Iterable[Tensor], law: Law, *
     return terms[0] if len(terms) == 1 else torch.stack([t.to(terms[0]) for t in terms]).sum()
 
 
-def _of_weights(weights: Tensor | Iterable[Tensor], layers: Any) -> list[tuple]:
+def _of_weights(weights: Tensor | Iterable[Tensor], layers: Layers) -> list[tuple]:
     """Weights of one device and dtype at a time, as `_Penalty` takes them."""
     if layers is not None:
         raise ValueError("layers are chosen from a model; with weights given, leave them out")
@@ -178,7 +180,7 @@ def _of_weights(weights: Tensor | Iterable[Tensor], layers: Any) -> list[tuple]:
     return [([0] * len(part), None, *part) for part in by_device_and_dtype(weights, lambda weight: weight)]
 
 
-def _of_model(model: nn.Module, layers: Any) -> list[tuple]:
+def _of_model(model: nn.Module, layers: Layers) -> list[tuple]:
     """The targets of one device and dtype at a time, as `_Penalty` takes them."""
     found = [(target, target.writers(unwrap(model))) for target in find_targets(model, layers)]
     parts = by_device_and_dtype(found, lambda pair: pair[1][0][0])

@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +36,17 @@ Chosen = Callable[[], Mapping[str, Sequence[int]]]
 """Of each target, by name, the units that are to go now."""
 
 
+def living(model: weakref.ref[nn.Module]) -> nn.Module:
+    """The model. Raises RuntimeError where it is gone."""
+    if (there := model()) is None:
+        raise RuntimeError("the model of this force is gone")
+    return there
+
+
 class _Nest(threading.local):
     """This thread's outermost step: what it has served, and what the steps within it have claimed."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.served: list[Batch] = []
         self.claims: dict[int, list[tuple[Batch, Factor]]] = {}
 
@@ -56,11 +64,11 @@ class Serving:
         targets: list[Target],
         *,
         chosen: Chosen,
-        refresh,
-        update,
-        backend,
-        most,
-        check,
+        refresh: int | None,
+        update: str,
+        backend: str,
+        most: float | None,
+        check: str | None,
     ):
         self.law, self.refresh, self.update, self.most = law, refresh, update, most
         self.scheduled = callable(law.alpha) or isinstance(law.alpha, Tensor)
@@ -262,7 +270,7 @@ class Serving:
         """The closure, with the force added to the gradients that it leaves."""
 
         @wraps(closure)
-        def evaluate(*args, **kwargs):
+        def evaluate(*args: Any, **kwargs: Any) -> Any:
             loss = closure(*args, **kwargs)
             self._pull(optimizer, batches, strengths)
             return loss

@@ -45,15 +45,16 @@ def unsubscribe(subscriber: Subscriber) -> None:
             _handles.pop().remove()
 
 
-def _before(optimizer, args, kwargs):
+def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     step = _step_around(sys._getframe(1))
+    assert step is not None  # the wrapper calls it
     outermost = _step_around(step.f_back) is None
     for subscriber in tuple(_subscribers):
         args, kwargs = subscriber.before_step(optimizer, args, kwargs, step=id(step), outermost=outermost)
     return args, kwargs
 
 
-def _after(optimizer, args, kwargs):
+def _after(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     step = id(_step_around(sys._getframe(1)))
     for subscriber in tuple(_subscribers):
         subscriber.after_step(optimizer, step)

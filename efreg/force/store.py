@@ -76,7 +76,7 @@ class Store:
         """The one that has the target's numbers."""
         return self._places[target]
 
-    def arrange(self, weights: dict[Target, Tensor]) -> bool:
+    def arrange(self, weights: Mapping[Target, Tensor]) -> bool:
         """Makes room for these targets, where the first of their weights lie now. Whether anything moved.
 
         A target whose number of units changed begins anew.

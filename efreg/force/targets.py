@@ -2,9 +2,9 @@
 
 import fnmatch
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,10 @@ class Planned(Protocol):
 
     def filters(self, model: nn.Module) -> Mapping[str, Sequence[int]]:
         """Of each group, by name, the units that would go now."""
+
+
+Layers = Planned | str | nn.Module | Iterable[str | nn.Module] | None
+"""What `layers=` takes: a plan, a name, a glob pattern, a module, or several of these but the plan."""
 
 
 @dataclass
@@ -58,20 +62,22 @@ class Place:
         path, _, key = self.name.rpartition(".")
         try:
             module = model.get_submodule(path)
+            found = module._parameters.get(key)
         except AttributeError:
-            module = None
-        found = None if module is None else module._parameters.get(key)
+            found = None
         if found is not None:
             self._parameter = weakref.ref(found)
             return module, key, found
         mine = self._parameter()
+        if mine is None:
+            return None
         places = (
-            (module, key, parameter)
+            (module, key, mine)
             for module in model.modules()
             for key, parameter in module._parameters.items()
             if parameter is mine and not isinstance(module, parametrize.ParametrizationList)
         )
-        return None if mine is None else next(places, None)
+        return next(places, None)
 
     @property
     def is_whole(self) -> bool:
@@ -82,6 +88,7 @@ class Place:
         """The first entry that belongs to a unit, and the unit of each from there to the last; else −1."""
         if self.is_whole:
             return 0, torch.arange(filters, dtype=torch.int32, device="cpu")
+        assert self._member is not None  # else it is whole
         index, unit = self._member.index.cpu(), self._member.unit.cpu()
         first, last = int(index.min()), int(index.max())
         found = torch.full((last - first + 1,), -1, dtype=torch.int32, device="cpu")
@@ -138,7 +145,7 @@ class Target:
         return len(self.places) == 1 and self.places[0].is_whole
 
 
-def find_targets(model: nn.Module, layers: Any = None, scope: str = "weights") -> list[Target]:
+def find_targets(model: nn.Module, layers: Layers = None, scope: str = "weights") -> list[Target]:
     """The targets meant by `layers`: None (every ungrouped convolution), a plan, names, patterns or modules.
 
     With a plan they are its groups: with the scope "weights" all weights that write the units, with "filter"
@@ -165,7 +172,7 @@ def find_targets(model: nn.Module, layers: Any = None, scope: str = "weights") -
     return found
 
 
-def _of_layers(model: nn.Module, layers: Any) -> list[Target]:
+def _of_layers(model: nn.Module, layers: str | nn.Module | Iterable[str | nn.Module] | None) -> list[Target]:
     """The filters of single layers."""
     if layers is None:
         names = [n for n, m in model.named_modules() if isinstance(m, CONVOLUTIONS) and m.groups == 1]
@@ -253,7 +260,7 @@ def check_module(module: nn.Module, name: str) -> None:
 
 def check_weight(weight: Tensor, name: str, dimensions: int = 2) -> None:
     """Raises ValueError for a weight that no operation can serve, naming it and the remedy."""
-    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+    if isinstance(weight, (nn.UninitializedParameter, nn.UninitializedBuffer)):
         raise ValueError(f"{name} is lazy: run the model once on a batch before")
     if type(weight) not in (nn.Parameter, Tensor):
         raise ValueError(f"{name} is a {type(weight).__name__}: only plain tensors are supported")

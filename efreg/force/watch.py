@@ -27,8 +27,7 @@ class Watch:
         if self._said:
             return
         self._taken += 1
-        if self._pending is not None:
-            self._read()
+        self._read()
         if self._taken & (self._taken - 1) or batch.charging is None:
             return
         rate = next((group["lr"] for group in batch.owners.values() if group.get("lr") is not None), None)
@@ -54,6 +53,8 @@ class Watch:
         return host, event
 
     def _read(self) -> None:
+        if self._pending is None:
+            return
         (numbers, event), targets, width = self._pending
         if event is not None and not event.query():
             return

@@ -76,8 +76,8 @@ class Convolution:
             spread = [-1 if i in (0, d + 1) else 1 for i in range(1 + len(kernel))]
             index.append(source.reshape([len(rows) if i == 0 else n for i, n in enumerate(spread)]))
             inside = inside & within.reshape(index[-1].shape)
-        image = image.reshape(-1, *[1] * len(kernel))
-        read = x.movedim(1, -1)[(image, *index)] * inside[..., None]  # [rows, kernel ..., channels]
+        at = image.reshape(-1, *[1] * len(kernel)), *index
+        read = x.movedim(1, -1)[at] * inside[..., None]  # [rows, kernel ..., channels]
         return read.flatten(1, -2).transpose(1, 2).reshape(len(rows), self.groups, -1)
 
     def _sources(self, d: int, place: Tensor, size: int, length: int) -> tuple[Tensor, Tensor]:
