@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import logging
 import sys
+from typing import NoReturn
 
 import efreg
 from efreg.cli import lab, laws, networks
@@ -44,7 +45,7 @@ def _fail(message: str) -> int:
 class _Parser(argparse.ArgumentParser):
     """Wrong usage gets one line, as all bad input does."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(_fail(f"{message}; see {self.prog} --help"))
 
 

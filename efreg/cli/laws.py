@@ -11,7 +11,7 @@ def _laws(arguments: Namespace) -> None:
     for name, law in efreg.LAWS.items():
         given = ",".join(f"{key}={default}" for key, default in law.parameters().items())
         along = {"sign": "sgn(w)", "radial": "w/‖w_n‖₂", "share": "w"}[law.direction]
-        summary = " ".join(law.__doc__.partition("\n\n")[0].split())
+        summary = " ".join((law.__doc__ or "").partition("\n\n")[0].split())
         print(
             f"{name}{':' + given if given else ''}\n    c_n = {law.formula}, along {along}\n    {summary}\n"
         )

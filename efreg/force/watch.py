@@ -7,6 +7,7 @@ from torch import Tensor
 
 from efreg.force.batches import Batch, times
 from efreg.force.laws import Factor, Law, is_finite
+from efreg.force.targets import Target
 
 logger = logging.getLogger("efreg")
 
@@ -19,7 +20,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._taken = 0
-        self._pending: tuple | None = None
+        self._pending: tuple[tuple[Tensor, torch.cuda.Event | None], list[Target], int] | None = None
         self._said = False
 
     def look(self, batch: Batch, law: Law, strength: Factor) -> None:

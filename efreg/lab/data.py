@@ -7,15 +7,16 @@ device; image folders go through torchvision's transforms and a DataLoader.
 import copy
 import os
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 Batch = tuple[Tensor, Tensor]
 
@@ -50,13 +51,16 @@ NAMES = (*INFOS, "imagefolder")
 """The data sets that can be asked for by name."""
 
 
+W = TypeVar("W", Tensor, Sequence[int])
+
+
 class Part(NamedTuple):
     """What one of several processes has of something: all of it where there is one process."""
 
     rank: int = 0
     processes: int = 1
 
-    def of(self, whole):
+    def of(self, whole: W) -> W:
         """Its slice of a sequence or a tensor; no process has more than one element more than another."""
         begin, end = (len(whole) * rank // self.processes for rank in (self.rank, self.rank + 1))
         return whole[begin:end]
@@ -236,7 +240,7 @@ def _load_torchvision(name: str, root: Path, download: bool) -> list[Batch]:
     return [_tensors(part.data, part.targets, INFOS[name].shape) for part in parts]
 
 
-def _files(kind: type) -> list[str]:
+def _files(kind: Any) -> list[str]:
     """The files of a torchvision data set, relative to its root."""
     if kind.__name__ == "MNIST":
         return [f"MNIST/raw/{Path(archive).stem}" for archive, _ in kind.resources]
@@ -257,7 +261,7 @@ def _require_files(name: str, root: Path, files: list[str]) -> None:
         )
 
 
-def _tensors(data, targets, shape: tuple[int, int, int]) -> Batch:
+def _tensors(data: Any, targets: Any, shape: tuple[int, int, int]) -> Batch:
     """Images [n, H, W] or [n, H, W, C] of bytes as [n, C, *size], and their labels."""
     from torchvision.transforms.v2.functional import resize
 
@@ -266,14 +270,18 @@ def _tensors(data, targets, shape: tuple[int, int, int]) -> Batch:
     return resize(images.contiguous(), list(shape[1:]), antialias=True), torch.as_tensor(targets).long()
 
 
+Transform = Callable[[Any], Tensor]
+"""From an image, as torchvision has read it, to what the network takes."""
+
+
 class Folder:
     """Images in one folder a class, through torchvision's transforms; one random stream an image."""
 
-    def __init__(self, path: Path, train_transform, test_transform, device: torch.device | str = "cpu"):
+    def __init__(self, path: Path, train: Transform, test: Transform, device: torch.device | str = "cpu"):
         from torchvision.datasets import ImageFolder
 
-        self.train = ImageFolder(path, train_transform, loader=_read_image)
-        self.test = ImageFolder(path, test_transform, loader=_read_image)
+        self.train = ImageFolder(path, train, loader=_read_image)
+        self.test = ImageFolder(path, test, loader=_read_image)
         self.classes, self.device, self.part = self.test.classes, torch.device(device), Part()
 
     def __len__(self) -> int:
@@ -293,11 +301,11 @@ class Folder:
         mine = [self.part.of(batch) for batch in _cut(order, batch_size)]
         return self._load(_Seeded(self.train, seed, epoch), mine)
 
-    def _load(self, images, batches: list[Sequence[int]]) -> Iterator[Batch]:
+    def _load(self, images: Dataset, batches: list[Sequence[int]]) -> Iterator[Batch]:
         """The images that each batch lists."""
-        loader = torch.utils.data.DataLoader(
+        loader = DataLoader(
             images,
-            batch_sampler=batches,
+            batch_sampler=[list(batch) for batch in batches],
             num_workers=min(8, os.cpu_count() or 1),
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),
@@ -315,18 +323,18 @@ def _cut(order: Sequence[int], size: int) -> list[Sequence[int]]:
     return [order[begin : begin + size] for begin in range(0, len(order), size)]
 
 
-class _Seeded(torch.utils.data.Dataset):
+class _Seeded(Dataset):
     """Images whose random transforms depend on (seed, epoch, index), whatever worker loads them."""
 
-    def __init__(self, images, seed: int, epoch: int):
+    def __init__(self, images: Dataset, seed: int, epoch: int):
         self.images, self.seed, self.epoch = images, seed, epoch
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> Any:
         torch.default_generator.manual_seed(seed_of(self.seed, self.epoch, index))
         return self.images[index]
 
 
-def _read_image(path: str):
+def _read_image(path: str) -> Any:
     from torchvision.datasets.folder import default_loader
 
     try:
@@ -361,7 +369,7 @@ def _load_folders(root: Path, device: torch.device | str) -> list[Folder]:
     return [_open_folder(root / part, train, test, device) for part in ("train", "val")]
 
 
-def _open_folder(path: Path, train, test, device: torch.device | str) -> Folder:
+def _open_folder(path: Path, train: Transform, test: Transform, device: torch.device | str) -> Folder:
     try:
         return Folder(path, train, test, device)
     except FileNotFoundError as error:

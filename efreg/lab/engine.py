@@ -98,7 +98,7 @@ class Run:
         self.data = self._load(download)
         self.force = self._attach(settings.epochs * steps_per_epoch(self.data.train, settings))
         self.optimizer = sgd(self.model, settings)
-        self.nesting = nesting(self.model, self.plan, settings)
+        self.nesting = nesting(self.model, self.plan, settings) if settings.nested else None
         self._replica = distributed.replicated(self.model)
         self._remains = _Remains(self.model, self.plan, self.example)
         if checkpoint and checkpoint.epoch:
@@ -182,7 +182,9 @@ class Run:
             yield row
 
 
-def build(settings: Settings, num_classes: int, shape: tuple[int, ...], weights=None) -> nn.Module:
+def build(
+    settings: Settings, num_classes: int, shape: tuple[int, ...], weights: dict[str, Tensor] | None = None
+) -> nn.Module:
     """The model that the settings name, from their seed or with `weights`; it takes inputs of `shape`.
 
     Weights of a pruned network make it as narrow as that. Raises ValueError for what does not fit.
@@ -246,17 +248,17 @@ def teacher(settings: Settings, num_classes: int, shape: tuple[int, ...]) -> nn.
     return whole.to(memory_format=layout).eval().requires_grad_(False)
 
 
-def nesting(model: nn.Module, plan: efreg.Plan, settings: Settings) -> efreg.Nesting | None:
-    """The widths that are drawn, where the settings name some."""
-    return efreg.nested(model, plan, settings.nested, seed=settings.seed) if settings.nested else None
+def nesting(model: nn.Module, plan: efreg.Plan, settings: Settings) -> efreg.Nesting:
+    """The widths that are drawn."""
+    return efreg.nested(model, plan, settings.nested, seed=settings.seed)
 
 
 def force_options(settings: Settings, steps: int) -> dict[str, Any]:
     """What `efreg.attach` is given, beside model and layers, for a training of so many steps."""
     until = max(1, round(settings.alpha_until * steps))
-    alpha = settings.alpha
+    alpha: float | efreg.schedules.Schedule = settings.alpha
     if settings.alpha_schedule != "constant":
-        alpha = ALPHA_SCHEDULES[settings.alpha_schedule](alpha, until)
+        alpha = ALPHA_SCHEDULES[settings.alpha_schedule](settings.alpha, until)
     law = _fade(settings, until) if fades(settings) else efreg.resolve(settings.law, alpha)
     return {"law": law, "scope": settings.scope, "refresh": settings.refresh, "update": settings.update}
 
@@ -427,7 +429,8 @@ class _Remains:
 
     def __init__(self, model: nn.Module, plan: efreg.Plan, example: Tensor):
         self._model, self._plan, self._example = model, plan, example[:1]
-        self._seen, self._counts = {name: [] for name in plan}, (0, efreg.macs(model, self._example))
+        self._seen: dict[str, list[int]] = {name: [] for name in plan}
+        self._counts = 0, efreg.macs(model, self._example)
 
     def now(self) -> tuple[int, int]:
         """The dead filters of the whole model, and the MACs of an image that remain without them."""
@@ -442,6 +445,7 @@ class _Remains:
         except efreg.PruningError as error:
             logger.warning("dead filters and MACs are shown as they were before: %s", error)
             return self._counts
+        assert dead.macs is not None  # it was made with example inputs
         return sum(cut.removed for cut in dead.cuts), dead.macs[1]
 
 
@@ -481,8 +485,10 @@ class _Tally:
     The means are those of all processes.
     """
 
-    def __init__(self):
-        self.count, self.loss, self.hits = 0, 0.0, 0.0
+    def __init__(self) -> None:
+        self.count = 0
+        self.loss: float | Tensor = 0.0
+        self.hits: float | Tensor = 0.0
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         self.count += len(labels)

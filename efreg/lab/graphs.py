@@ -1,6 +1,7 @@
 """A training step as one CUDA graph: the host launches it once, not operation by operation."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ class GraphedStep:
         self._replay: Callable[[], None] | None = None
 
     def __call__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor, *more
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor, *more: Any
     ) -> Tensor:
         if len(labels) != self._size:
             return self._step(model, optimizer, inputs, labels, *more)
@@ -39,7 +40,7 @@ class GraphedStep:
         self._replay()
         return self._logits
 
-    def _take(self, model: nn.Module, optimizer: torch.optim.Optimizer, *more) -> None:
+    def _take(self, model: nn.Module, optimizer: torch.optim.Optimizer, *more: Any) -> None:
         """The step on what the graph reads: its own batch, and its own learning rate for all parameters."""
         rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:

@@ -3,9 +3,8 @@
 import csv
 import os
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_type_hints
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -61,9 +60,10 @@ def read_csv(path: str | Path, kind: type[T]) -> list[T]:
     Raises ValueError for a damaged file.
     """
     try:
+        columns = get_type_hints(kind)
         with open(path, newline="", encoding="utf-8") as file:
             return [
-                kind(**{f.name: f.type(row[f.name]) for f in fields(kind) if f.name in row})
+                kind(**{name: read(row[name]) for name, read in columns.items() if name in row})
                 for row in csv.DictReader(file)
             ]
     except (KeyError, TypeError, ValueError) as error:

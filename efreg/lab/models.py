@@ -63,7 +63,7 @@ class VGG(nn.Module):
 
     def __init__(self, num_classes: int = 100, in_channels: int = 3):
         super().__init__()
-        layers = []
+        layers: list[nn.Module] = []
         for channels, depth in ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4)):
             for _ in range(depth):
                 layers += [nn.Conv2d(in_channels, channels, 3, 1, 1, bias=False)]

@@ -38,6 +38,7 @@ def train(
         )
     checkpoint = checkpoints.load(path) if resume else None
     settings = checkpoint.settings if checkpoint else settings
+    assert settings is not None  # None stands for those of the checkpoint
     with distributed.processes(settings.device):
         run = engine.Run(settings, checkpoint, download=download)
         if distributed.rank():

@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from math import ceil
+from typing import Any
 
 from torch import nn
 
@@ -50,7 +51,8 @@ class Amounts:
         return counts
 
     def _keyed(self) -> list[int]:
-        counts, keys = [0] * len(self._groups), {}
+        counts = [0] * len(self._groups)
+        keys: dict[int, Any] = {}
         for key, (ratio, modules) in self._request.keyed.items():
             found = [g for g in self.covered if names_of(self._groups[g]) & modules]
             if ratio and not found:

@@ -34,9 +34,9 @@ def norm_scale(model: nn.Module, group: Group) -> Tensor:
         raise ValueError(
             f"{group.name!r} has no norm whose scale could rank its units: take another importance"
         )
-    return sum(
-        stacked(tensor_of(model, m.tensor), m, group.size).abs().sum(1, dtype=torch.float64) for m in scales
-    )
+    return torch.stack(
+        [stacked(tensor_of(model, m.tensor), m, group.size).abs().sum(1, dtype=torch.float64) for m in scales]
+    ).sum(0)
 
 
 def geometric_median(model: nn.Module, group: Group) -> Tensor:

@@ -1,7 +1,7 @@
 """Repair without training: what reads the channels that are left gives back what it gave before the cut."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import ceil
@@ -15,7 +15,7 @@ from efreg.groups import tensor_of, unwrap
 from efreg.pruning.attention import PrunedAttention, as_pruned
 from efreg.pruning.cutting import Kept, kept_of
 from efreg.pruning.following import Branch, Following
-from efreg.pruning.loading import Forward, placed, run_on
+from efreg.pruning.loading import Forward, Loader, placed, run_on
 from efreg.pruning.matching import gone_from
 from efreg.pruning.reading import Reading
 from efreg.pruning.running import copy_of, device_of, evaluation, in_the_open, quietly
@@ -41,7 +41,7 @@ FAINT = 1e-4
 def compensate(
     small: nn.Module,
     model: nn.Module,
-    loader: Iterable,
+    loader: Loader,
     *,
     images: int | None = 1000,
     positions: int = 32,
@@ -100,7 +100,7 @@ def compensate(
     return small
 
 
-def _taken(loader: Iterable, images: int | None) -> Iterator[Any]:
+def _taken(loader: Loader, images: int | None) -> Iterator[Any]:
     """Batches until there are so many images. Raises ValueError where there is none."""
     count = 0
     for batch in loader:
@@ -125,7 +125,7 @@ def _call(model: nn.Module, run: Forward, batch: Any) -> Any:
     """What the model is called with for a batch, in the form of `example_inputs`."""
     found = []
 
-    def keep(_, args: tuple, kwargs: dict[str, Any]) -> None:
+    def keep(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         found.append(args or kwargs)
         raise _Enough
 
@@ -190,14 +190,15 @@ class _Reader:
 def _as_pruned(model: nn.Module, small: nn.Module) -> nn.Module:
     """The model, its attention computing in the order that the small network's has; if need be a copy."""
     there = dict(small.named_modules())
-    paths = [
+    paths = {
         path
         for path, module in model.named_modules()
         if type(module) is nn.MultiheadAttention and type(there.get(path)) is PrunedAttention
-    ]
+    }
     copied = copy_of(model) if paths else model
-    for path in paths:
-        as_pruned(copied.get_submodule(path), copied.get_submodule(path).num_heads)
+    for path, module in copied.named_modules():
+        if path in paths and isinstance(module, nn.MultiheadAttention):
+            as_pruned(module, module.num_heads)
     return copied
 
 
@@ -332,7 +333,7 @@ class _Pair:
                 done += 1
                 if progress is not None:
                     progress(done, len(readers), reader.name.removesuffix(".weight"))
-        worst = max(short, key=short.get)
+        worst = max(short, key=lambda name: short[name])
         if short[worst] > 1:
             count = sum(map(_length, self._batches))
             logger.warning(
@@ -343,7 +344,8 @@ class _Pair:
     def _portions(self, readers: Sequence[_Reader]) -> Iterator[list[_Reader]]:
         """Readers whose targets fit into memory together, one at least."""
         rows = self._positions * sum(map(_length, self._batches))
-        portion, left = [], TARGETS
+        portion: list[_Reader] = []
+        left = TARGETS
         for reader in readers:
             matrix = reader.reading.matrix(tensor_of(self._small, reader.name))
             size = 4 * rows * reader.calls * matrix.shape[0] * matrix.shape[1]
@@ -393,7 +395,8 @@ class _Pair:
 
     def _equations(self, reader: _Reader, targets: Sequence[Tensor]) -> "_Equations":
         """Sums over all images of what the reader reads in the small network, and of how far it is off."""
-        equations, ahead = _Equations(reader), iter(targets)
+        matrix = reader.reading.matrix(tensor_of(self._small, reader.name))
+        equations, ahead = _Equations(reader, matrix), iter(targets)
         for taking in self._seen([reader], whole=False):
             for call in range(reader.calls):
                 key = reader.name, call
@@ -414,12 +417,17 @@ def _unscaled(error: Tensor, scale: Tensor) -> Tensor:
 
 
 class _Equations:
-    """A = Σ x xᵀ [G, D, D] and E = Σ e xᵀ [G, O, D], float64; x ends in a one where a constant is sought."""
+    """A = Σ x xᵀ [G, D, D] and E = Σ e xᵀ [G, O, D], float64; x ends in a one where a constant is sought.
 
-    def __init__(self, reader: _Reader):
+    matrix: the reader's weight as [G, O, D].
+    """
+
+    def __init__(self, reader: _Reader, matrix: Tensor):
         self._reader, self._rows = reader, 0
-        self.moments: Tensor | None = None
-        self.errors: Tensor | None = None
+        groups, channels, size = matrix.shape
+        size += reader.constant is not None
+        self.moments = matrix.new_zeros(groups, size, size, dtype=torch.float64)
+        self.errors = matrix.new_zeros(groups, channels, size, dtype=torch.float64)
 
     @property
     def wanting(self) -> float:
@@ -434,9 +442,8 @@ class _Equations:
             x, e = x.double().transpose(0, 1), e.unflatten(1, (groups, -1)).transpose(0, 1)  # [G, rows, ...]
             if self._reader.constant is not None:
                 x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)
-            moments, errors = x.mT @ x, e.mT @ x
-            self.moments = moments if self.moments is None else self.moments + moments
-            self.errors = errors if self.errors is None else self.errors + errors
+            self.moments += x.mT @ x
+            self.errors += e.mT @ x
         self._rows += len(inputs)
 
     def solution(self, ridge: float) -> Tensor:

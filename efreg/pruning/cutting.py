@@ -32,19 +32,18 @@ def cut(model: nn.Module, network: Network, gone: np.ndarray) -> nn.Module:
     """Takes the units with these roots from the model, in place. Returns it."""
     kept = kept_of(network, gone)
     followed = dict(_followed(model, network, gone))
-    attentions = [
-        path
+    attentions = {
+        path: module
         for path, module in model.named_modules()
         if type(module) is nn.MultiheadAttention and any(name.startswith(f"{path}.") for name in kept)
-    ]
+    }
     replace(model, {name: sliced(tensor_of(model, name), axes) for name, axes in kept.items()})
     for path, numbers in followed.items():
         if path not in attentions:
             vars(model.get_submodule(path)).update(numbers)
     for path in dict.fromkeys(name.rpartition(".")[0] for name in kept):
         refit(model.get_submodule(path))
-    for path in attentions:
-        module = model.get_submodule(path)
+    for path, module in attentions.items():
         as_pruned(module, _heads_left(module, kept.get(f"{path}.out_proj.weight", {}).get(1)))
     return model
 
@@ -74,8 +73,8 @@ def counts(module: nn.Module) -> dict[str, Any]:
     weight = getattr(module, "weight", None)
     if isinstance(module, nn.RNNBase):
         gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
-        hidden = {"hidden_size": len(module.weight_hh_l0) // gates}
-        return {"input_size": module.weight_ih_l0.shape[1], **hidden}
+        reader, recurrent = (getattr(module, f"weight_{what}_l0") for what in ("ih", "hh"))
+        return {"input_size": reader.shape[1], "hidden_size": len(recurrent) // gates}
     if isinstance(module, _NormBase):
         tensors = [x for x in (weight, module.bias, module.running_mean) if x is not None]
         return {"num_features": len(tensors[0])} if tensors else {}
@@ -150,8 +149,8 @@ def _followed(model: nn.Module, network: Network, gone: np.ndarray) -> Iterator[
         found = {}
         for name, value in plain_numbers(model.get_submodule(path)):
             places = enumerate(value) if isinstance(value, (list, tuple)) else [(None, value)]
-            new = [_becomes(x, known.get(Source(path, name, i)), guessed[path].get(x)) for i, x in places]
-            new = new[0] if isinstance(value, int) else type(value)(new)
+            each = [_becomes(x, known.get(Source(path, name, i)), guessed[path].get(x)) for i, x in places]
+            new = each[0] if isinstance(value, int) else type(value)(each)
             if new != value:
                 found[name] = new
         yield path, found

@@ -43,7 +43,7 @@ Numbers = dict[nn.Module, dict[str, Any]]
 """Of a module the integers, and lists of them, that go with the saved tensors."""
 
 
-def save(model: nn.Module, path: str | os.PathLike) -> None:
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes the model's parameters and buffers to `path`, a safetensors file, and the numbers that go with
     them: integers that modules keep and no shape tells, such as groups, heads and widths of slices.
 
@@ -79,7 +79,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load(model: nn.Module, saved: str | os.PathLike | Mapping[str, Tensor]) -> nn.Module:
+def load(model: nn.Module, saved: str | os.PathLike[str] | Mapping[str, Tensor]) -> nn.Module:
     """Loads a pruned network into the full-size model, whose layers shrink to fit. Returns the model.
 
     saved: a file written by `save`, or a state dict, without the prefixes of a wrapper.
@@ -159,7 +159,7 @@ def _numbers(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _source(
-    saved: str | os.PathLike | Mapping[str, Tensor],
+    saved: str | os.PathLike[str] | Mapping[str, Tensor],
 ) -> tuple[str, dict[str, Tensor], Told | None]:
     """What errors call it, the tensors in it, and the numbers where it has them."""
     if not isinstance(saved, Mapping):

@@ -5,12 +5,13 @@ goes on with: an error of the other branch can be mended there too.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 
 from efreg.groups import tensor_of
 from efreg.pruning.reading import Convolution, Linear, Reading
@@ -91,7 +92,7 @@ class Following(Mode):
         call = branch.reader, branch.number
         self._branches = {key: b for key, b in self._branches.items() if (b.reader, b.number) != call}
 
-    def see(self, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def see(self, function: OpOverload, args: tuple, kwargs: dict[str, Any]) -> Any:
         out = function(*args, **kwargs)
         given = dict(zip((argument.name for argument in function._schema.arguments), args)) | kwargs
         name = function._schema.name.removeprefix("aten::").removesuffix("_")
@@ -132,8 +133,8 @@ class Following(Mode):
     # Operations that read: the reader, how it reads, its input, weight and bias
 
     def _convolution(self, given: Given) -> tuple:
-        numbers = (tuple(given[key]) for key in ("stride", "padding", "dilation"))
-        reading = Convolution(*numbers, given["transposed"], given["groups"])
+        stride, padding, dilation = (tuple(given[key]) for key in ("stride", "padding", "dilation"))
+        reading = Convolution(stride, padding, dilation, given["transposed"], given["groups"])
         return self._reader(given["weight"]), reading, given["input"], given["weight"], given["bias"]
 
     def _linear(self, given: Given) -> tuple:

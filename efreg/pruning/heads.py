@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from efreg.pruning.ids import Axis
 from efreg.pruning.numbers import Source
 
 WIDTHS = ("num_features", "in_features", "embed_dim", "head_hidden_size", "hidden_size")
@@ -27,18 +27,18 @@ def features_of(model: nn.Module) -> Iterator[list[Any]]:
         yield seen
         return
 
-    def kept(*args, **kwargs):
+    def kept(*args: Any, **kwargs: Any) -> Any:
         seen.append(original(*args, **kwargs))
         return seen[-1]
 
-    model.forward_features = kept
+    vars(model)["forward_features"] = kept
     try:
         yield seen
     finally:
-        del model.forward_features
+        del vars(model)["forward_features"]
 
 
-def widths(run: Any, model: nn.Module, features: list[Any]) -> Iterator[tuple[Source, Axis]]:
+def widths(run: Any, model: nn.Module, features: list[Any]) -> Iterator[tuple[Source, np.ndarray]]:
     """The numbers that say how wide the features and the classifier's input are, each with its axis."""
     names = {module: name for name, module in model.named_modules()}
     wide = [axis for x in tree_leaves(features) if isinstance(x, Tensor) for axis in run.axes(x)]
@@ -57,7 +57,8 @@ def widths(run: Any, model: nn.Module, features: list[Any]) -> Iterator[tuple[So
 
 def _classifiers(model: nn.Module) -> list[nn.Module]:
     """The layers that give the classes, as `get_classifier` names them."""
-    found = model.get_classifier() if hasattr(model, "get_classifier") else None
+    get_classifier = getattr(model, "get_classifier", None)
+    found = None if get_classifier is None else get_classifier()
     heads = [x for x in (found if isinstance(found, tuple) else (found,)) if isinstance(x, nn.Module)]
     layers = [[m for m in head.modules() if isinstance(m, (nn.Linear, nn.Conv2d))] for head in heads]
     return [each[-1] for each in layers if each]

@@ -5,7 +5,7 @@ input of the network). A split is a question that stays open while a network is 
 positions was taken apart into two of n1 and n2, or the other way round, and either may carry the channels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ class Split:
 class Ids:
     """All ids of a network that is watched."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._parent = np.empty(0, np.int64)
         self._code = np.empty(0, np.int64)  # of a class's root: why it cannot go, 0 where it can
         self._loud = np.empty(
@@ -47,7 +47,7 @@ class Ids:
         self._count = 0
         self._reasons: list[str] = []
         self._splits: list[Split] = []
-        self._known: dict[tuple, Any] = {}  # what was taken apart or put together before
+        self._known: dict[Hashable, Any] = {}  # what was taken apart or put together before
 
     def __len__(self) -> int:
         return self._count
@@ -169,12 +169,13 @@ class Ids:
 
     def put_together(self, parts: Sequence[Axis], sizes: Sequence[int]) -> Axis:
         """The axis that these make, merged in row-major order."""
-        known = [i for i, part in enumerate(parts) if part is not None]
+        known = [(i, part) for i, part in enumerate(parts) if part is not None]
         if not known:
             return None
         if len(known) == 1:
-            shape = [-1 if i == known[0] else 1 for i in range(len(parts))]
-            return np.broadcast_to(parts[known[0]].reshape(shape), sizes).reshape(-1)
+            ((place, only),) = known
+            shape = [-1 if i == place else 1 for i in range(len(parts))]
+            return np.broadcast_to(only.reshape(shape), sizes).reshape(-1)
         key = (*(part if part is None else part.tobytes() for part in parts), *sizes)
         if key not in self._known:
             whole = self.fresh(int(np.prod(sizes)))

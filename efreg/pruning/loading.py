@@ -1,7 +1,7 @@
 """Batches of a loader: how a model runs on one, and where its tensors go."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from efreg.groups import unwrap
+
+Loader = Iterable[Any]
+"""Batches, such as a DataLoader gives: what the model takes of each is in `run_on`."""
 
 Forward = Callable[[nn.Module, Any], Any]
 """Runs a model on a batch."""

@@ -83,14 +83,18 @@ class _Matching:
             whole, left = tensors[name], smaller.get(name)
             if left is None:
                 raise _stranger(name, "the small network has none")
-            fits = whole.ndim == left.ndim and all(n >= m for n, m in zip(whole.shape, left.shape))
+            fits = whole.ndim == left.ndim and all(
+                n == m if ids is None else n >= m for ids, n, m in zip(axes, whole.shape, left.shape)
+            )
             if not fits:
                 raise _stranger(name, f"it has shape {tuple(left.shape)}, there {tuple(whole.shape)}")
             for axis, ids in enumerate(axes):
+                if ids is None:
+                    continue
                 if whole.shape[axis] > left.shape[axis]:
                     if name in watched.parameters:
                         yield _Place(name, axis, ids, whole.detach(), left.detach())
-                elif ids is not None:
+                else:
                     self.state[self._network.ids.find(ids)] = STAYS
 
     def _states(self, ids: np.ndarray) -> np.ndarray:

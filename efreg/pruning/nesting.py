@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +100,7 @@ class Nesting:
         finally:
             self.resting = False
 
-    def plan(self, ratio: float, *, example_inputs) -> Plan:
+    def plan(self, ratio: float, *, example_inputs: Any) -> Plan:
         """The plan that removes of each nested group what is hidden at this ratio."""
         asked = {group.name: ratio for group in self._groups}
         return plan_of(
@@ -146,11 +147,11 @@ class Nesting:
         self._widest = None
         self._show(self._drawn())
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """What training resumes from: the steps taken and the ranking; and what was asked for."""
         return {"step": self.step, "importance": dict(self.importance.numbers), "asked": self._asked}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up where `state_dict` left off. Raises ValueError for other groups, ratios or seeds."""
         sizes = [
             {name: len(x) for name, x in numbers.items()}
@@ -164,7 +165,7 @@ class Nesting:
         self._rank()
 
     @property
-    def _asked(self) -> dict:
+    def _asked(self) -> dict[str, Any]:
         return {"ratios": list(self.ratios), "between": self._between, "seed": self._seed}
 
     def detach(self) -> None:
@@ -175,7 +176,7 @@ class Nesting:
     def __enter__(self) -> "Nesting":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.detach()
 
     def _rank(self) -> None:
@@ -214,7 +215,7 @@ class Nesting:
             )
         self.advance()
 
-    def _hooks(self) -> list:
+    def _hooks(self) -> list[RemovableHandle]:
         """Hide before, and restore after, each forward pass of the model, and of a reader that runs alone, as
         checkpointing does when it runs a part again."""
         owners = {self._model: list(self._readers)}
@@ -316,8 +317,8 @@ class _Reader:
         self._mask.copy_(kept)
 
 
-def _held(module: nn.Module, key: str) -> dict[str, Tensor]:
-    """Where a module holds a tensor."""
+def _held(module: nn.Module, key: str) -> dict[str, Any]:
+    """Where a module holds a tensor; where it holds parameters, what stands in for one is none."""
     return module._parameters if key in module._parameters else module._buffers
 
 
@@ -334,7 +335,7 @@ class _Veil:
     @property
     def is_active(self) -> bool:
         """Whether it hides what it can."""
-        return bool(self.readers) and not self._nesting.resting
+        return bool(self.readers) and self._nesting is not None and not self._nesting.resting
 
     def draw(self, module: nn.Module, args: tuple) -> None:
         """The pre hook: what is not hidden yet. In a backward pass a part runs again, as it was."""

@@ -52,7 +52,7 @@ class Tracked(int):
         exact = type(other) is int and other > 0 and int(self) % other == 0
         return Tracked.of(quotient, self.source, self.factor / other) if exact else quotient
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
         return int, (int(self),)
 
 
@@ -102,7 +102,9 @@ class Given(TorchFunctionMode):
         self.numbers: list[int] = []
         self._called = called
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, function: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         self._called(function, args, kwargs or {})
         before, self.numbers = self.numbers, list(_integers((args, tuple((kwargs or {}).values()))))
         try:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from efreg.groups import Group, Member, unwrap
 from efreg.pruning.amounts import Amounts, Nothing
@@ -173,7 +174,7 @@ def _cut(model: nn.Module, group: Group, count: int, request: Request) -> Cut:
     return Cut(group, count, units=tuple(smallest(ranks(model, group, request.importance), count)))
 
 
-def _unwatched(name: str, layer: nn.Module) -> Group:
+def _unwatched(name: str, layer: _ConvNd) -> Group:
     """What is known of a convolution's filters without having seen the network run."""
     every = torch.arange(layer.out_channels)
     weight = Member(f"{name}.weight", 0, layer.out_channels, "writes", every, every)
@@ -192,7 +193,7 @@ def _named_group(network: Network, tensor: str) -> Group | None:
     return group if own and own[0].whole and len(group.of("writes")) == 1 else None
 
 
-def _require_plain(name: str, layer: nn.Module) -> None:
+def _require_plain(name: str, layer: _ConvNd) -> None:
     """Raises ValueError unless filters can be taken from the layer one by one."""
     weight = layer._parameters.get("weight")
     if layer.groups != 1:

@@ -29,7 +29,7 @@ class Cut:
     dead: tuple[int, ...] | None = None
     units: tuple[int, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.removed < self.group.size:
             raise ValueError(
                 f"{self.group.name!r} has {self.group.size} filters and cannot lose {self.removed}: "
@@ -215,7 +215,7 @@ class Plan:
                 f"other layers, or several at a time. Leave it out (skip={strange[0]!r}), or plan by ratio="
             )
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON. The file appears whole or not at all.
 
         Raises ValueError for an importance that is a function, OSError where the file cannot be written.
@@ -239,7 +239,7 @@ class Plan:
             temporary.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Plan":
+    def load(cls, path: str | os.PathLike[str]) -> "Plan":
         """Reads what `save` wrote. Raises FileNotFoundError, and ValueError for anything that is no plan."""
         try:
             found = json.loads(Path(path).read_text())
@@ -300,8 +300,8 @@ def _read(written: dict[str, Any]) -> Group:
 
 def _runs(numbers: Tensor) -> list[list[int]]:
     """Whole numbers as runs [first, step, count], each as long as it can be."""
-    values, runs = numbers.tolist(), []
-    for value in values:
+    runs: list[list[int]] = []
+    for value in numbers.tolist():
         if runs and runs[-1][2] == 1:
             runs[-1][1] = value - runs[-1][0]
         if runs and value == runs[-1][0] + runs[-1][1] * runs[-1][2]:

@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils.hooks import RemovableHandle
 
 from efreg.pruning.cutting import cut
 from efreg.pruning.running import (
@@ -80,7 +82,7 @@ class Masked(Mode):
                 self._masks.setdefault(mask.operation, []).append((mask, stays))
         self._operations: Counter[str] = Counter()
 
-    def see(self, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def see(self, function: OpOverload, args: tuple, kwargs: dict[str, Any]) -> Any:
         name = function._schema.name
         self._operations[name] += 1
         found = self._masks.get((name, self._operations[name]))
@@ -101,7 +103,7 @@ def _gone(stay: Tensor, like: Tensor) -> Tensor:
     return stay.logical_not().nonzero().flatten().to(like.device)
 
 
-def _over_what_stays(function, given: dict[str, Any], stays: dict[str, dict[int, Tensor]]) -> Any:
+def _over_what_stays(function: OpOverload, given: dict[str, Any], stays: dict[str, dict[int, Tensor]]) -> Any:
     """The norm of the entries that stay, in their places; zeros in the others'."""
     first = next(name for name in given if isinstance(given[name], Tensor))
     x, axes = given[first], stays[first]
@@ -195,7 +197,9 @@ class _Compared:
                 return failure, expected
         return failure, expected
 
-    def _compare(self, call: Any, number: int, training: bool, dtype: torch.dtype | None):
+    def _compare(
+        self, call: Any, number: int, training: bool, dtype: torch.dtype | None
+    ) -> tuple[Failure | None, list[Tensor]]:
         reference, pruned = self._twins_in(dtype)
         try:
             expected = self._outputs(reference, call, number, training, dtype, masked=not self._dead)
@@ -290,7 +294,14 @@ class _Compared:
             self._model.eval()
 
     def _outputs(
-        self, model: nn.Module, call: Any, number: int, training: bool, dtype, *, masked: bool
+        self,
+        model: nn.Module,
+        call: Any,
+        number: int,
+        training: bool,
+        dtype: torch.dtype | None,
+        *,
+        masked: bool,
     ) -> list[Tensor]:
         model.train(training)
         masks = self._network.watched.masks.get((training, number), []) if masked else []
@@ -306,7 +317,8 @@ class Trail:
     """Finds the innermost module in which a forward pass of the model breaks down."""
 
     def __init__(self, model: nn.Module):
-        self._model, self._handles = model, []
+        self._model = model
+        self._handles: list[RemovableHandle] = []
         self.broken: str | None = None
 
     def __enter__(self) -> "Trail":
@@ -316,7 +328,7 @@ class Trail:
                 self._handles.append(hook)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
 
@@ -329,7 +341,8 @@ class Returns:
     """Keeps the tensors that the model's modules return, in the order in which they return them."""
 
     def __init__(self, model: nn.Module):
-        self._model, self._handles = model, []
+        self._model = model
+        self._handles: list[RemovableHandle] = []
         self.seen: list[tuple[str, Tensor]] = []
 
     def __enter__(self) -> "Returns":
@@ -340,7 +353,7 @@ class Returns:
                 )
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
 

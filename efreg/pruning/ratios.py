@@ -7,13 +7,15 @@ from fractions import Fraction
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from efreg.groups import CONVOLUTIONS
 
 NUMBERS = re.compile(r"-?\d+(-\d+)?")
 
-Ratios = str | Sequence[float] | Mapping[int | str, float]
-"""A list for a network with stages, a mapping from convolutions' numbers for others; or that as a string."""
+Ratios = str | Sequence[float | str] | Mapping[Any, float | str]
+"""A list for a network with stages; a mapping from convolutions' numbers, or from modules, names or patterns;
+or one of these as a string."""
 
 
 Keyed = Mapping[Any, tuple[Fraction, set[str]]]
@@ -31,7 +33,7 @@ def as_written(ratio: Any, what: str = "ratio") -> Fraction:
     return fraction
 
 
-def convolutions(model: nn.Module) -> dict[str, nn.Module]:
+def convolutions(model: nn.Module) -> dict[str, _ConvNd]:
     """The convolutions by qualified name, in the order of definition."""
     return {name: module for name, module in model.named_modules() if isinstance(module, CONVOLUTIONS)}
 
@@ -139,7 +141,7 @@ def _by_stage(model: nn.Module, ratios: list) -> dict[str, Fraction]:
     }
 
 
-def _by_order(model: nn.Module, ratios: Mapping[int | str, float]) -> dict[str, Fraction]:
+def _by_order(model: nn.Module, ratios: Mapping[Any, float | str]) -> dict[str, Fraction]:
     if stages := _stages(model):
         raise ValueError(
             f"{type(model).__name__} has stages: give a list of {len(stages) + 2} ratios, for the first "

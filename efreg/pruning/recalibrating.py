@@ -1,7 +1,7 @@
 """Estimating batch-norm statistics anew."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 
@@ -10,14 +10,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from efreg.groups import unwrap
-from efreg.pruning.loading import Forward, placed, run_on
+from efreg.pruning.loading import Forward, Loader, placed, run_on
 from efreg.pruning.nesting import veils
 from efreg.pruning.running import device_of
 
 
 def recalibrate(
     model: nn.Module,
-    loader: Iterable,
+    loader: Loader,
     *,
     device: torch.device | str | None = None,
     forward: Forward | None = None,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from efreg.groups import Group, Member, tensor_of
 from efreg.pruning.following import Branch, Following
+from efreg.pruning.reading import Reading
 from efreg.pruning.running import calls, evaluation, forward, in_the_open
 
 POSITIONS = 64
@@ -72,17 +73,17 @@ class _Moments(Following):
         super().__init__(model, readers)
         self._model = model
         self._generator = torch.Generator().manual_seed(0)
-        self.found: dict[str, tuple[Any, Tensor]] = {}
+        self.found: dict[str, tuple[Reading, Tensor]] = {}
 
     def read(self, branch: Branch, inputs: Tensor, weight: Tensor) -> None:
         count = branch.tensor.numel() // len(branch.scale)
         rows = torch.randperm(count, generator=self._generator)[: POSITIONS * len(inputs)].to(inputs.device)
-        moments = self.found[branch.reader][1] if branch.reader in self.found else 0
         for part in rows.split(max(1, BLOCK // weight[0].numel())):
             x = branch.reading.inputs(inputs, part, branch.tensor.shape, weight.shape[2:])
             x = x.double().transpose(0, 1)  # [G, rows, D]
-            moments = moments + x.mT @ x
-        self.found[branch.reader] = branch.reading, moments
+            before = self.found.get(branch.reader)
+            moments = x.mT @ x if before is None else before[1] + x.mT @ x
+            self.found[branch.reader] = branch.reading, moments
 
     def met(self, branch: Branch) -> None:
         self.forget(branch)
@@ -145,7 +146,7 @@ def _order(losses: Sequence[_Loss], size: int) -> Tensor:
     left = torch.arange(size)
     places = torch.empty(size, dtype=torch.float64)
     for place in range(size):
-        cost = sum(loss.of(left.to(loss.inverse.device)).cpu() for loss in losses)
+        cost = torch.stack([loss.of(left.to(loss.inverse.device)).cpu() for loss in losses]).sum(0)
         first = int(cost.argmin())
         places[left[first]] = place
         for loss in losses:

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ def _latencies(models: tuple[nn.Module, ...], example_inputs: Any, repeats: int)
                 forward(model, example_inputs)
         for _ in range(repeats):
             for model, taken in zip(models, times, strict=True):
-                taken.append(_milliseconds(lambda m=model: forward(m, example_inputs), device_of(model)))
+                taken.append(_milliseconds(partial(forward, model, example_inputs), device_of(model)))
     return [statistics.median(taken) for taken in times]
 
 

@@ -3,7 +3,7 @@
 import copy
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -146,7 +147,10 @@ def quietly(model: nn.Module) -> Iterator[None]:
     No autocast, no TF32, no inference mode; torch.compile'd parts run as they are written.
     """
     device, cudnn, mkldnn = device_of(model).type, torch.backends.cudnn, torch.backends.mkldnn
-    switches = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
+    switches: tuple[Any, ...] = (
+        *(torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn),  # type: ignore[attr-defined]
+        *(mkldnn.matmul, mkldnn.conv, mkldnn.rnn),  # type: ignore[attr-defined]
+    )
     before = [switch.fp32_precision for switch in switches]
     try:
         for switch in switches:
@@ -188,7 +192,7 @@ WITHOUT = {"dropout_p": 0.0, "training": False}
 
 
 @cache
-def _throws_dice(function: Callable) -> bool:
+def _throws_dice(function: OpOverload) -> bool:
     return torch.Tag.nondeterministic_seeded in function.tags
 
 
@@ -202,19 +206,21 @@ class Mode(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: OpOverload, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if _is_composite(function):
             with self:
                 return function.decompose(*args, **(kwargs or {}))
         return self.see(function, args, kwargs or {})
 
-    def see(self, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def see(self, function: OpOverload, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Carries the operation out."""
         raise NotImplementedError
 
 
 @cache
-def _is_composite(function: Callable) -> bool:
+def _is_composite(function: OpOverload) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd")
 
 
@@ -224,7 +230,7 @@ class Stilled(Mode):
     To that is added what their distribution is made of, such as the means and deviations of `torch.normal`.
     """
 
-    def see(self, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def see(self, function: OpOverload, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not _throws_dice(function):
             return function(*args, **kwargs)
         if function is torch.ops.aten.native_dropout.default:

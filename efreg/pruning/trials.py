@@ -76,7 +76,10 @@ def weed(
     that modules of this kind handle; else halves are tried. Where one module made several groups suspect, or
     a difference showed in it that may have come from elsewhere, they are heard one by one in the end.
     """
-    rest, suspects, heard, broken, trials = list(groups), {}, [], set(), 0
+    rest, trials = list(groups), 0
+    heard: list[Group] = []
+    suspects: dict[str, str] = {}
+    broken: set[str] = set()
     while rest and (failure := fails([group.name for group in rest])):
         trials += 1
         found = []

@@ -1,7 +1,7 @@
 """From what was watched to groups of units, and to what is frozen and why."""
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -39,6 +39,7 @@ class Network:
         self.ids.settle(approximate)
         self.approximate = approximate
         self._names = list(watched.tensors)
+        self._roots_of: dict[str, np.ndarray] = {}
         self._classes()
         self.groups = self._groups()
         self._unit_of = {
@@ -91,10 +92,17 @@ class Network:
     def columns(self, gone: np.ndarray) -> Iterator[tuple[str, int, np.ndarray]]:
         """Of the weights that read units with these roots the axes, and the positions there."""
         for code, part in self._part.items():
-            name, axis = self._names[code // 16], code % 16
-            stays = self.kept(self.watched.tensors[name][axis], gone)
+            name, axis, ids = self._at(code)
+            stays = self.kept(ids, gone)
             if part == "reads" and not stays.all():
                 yield name, axis, np.flatnonzero(~stays)
+
+    def _at(self, code: int) -> tuple[str, int, np.ndarray]:
+        """The tensor and the axis that a code stands for, and the ids along it."""
+        name, axis = self._names[code // 16], code % 16
+        ids = self.watched.tensors[name][axis]
+        assert ids is not None  # what has none has no code
+        return name, axis, ids
 
     def _classes(self) -> None:
         """All positions of all tensors, sorted by class, then by tensor and axis."""
@@ -128,7 +136,6 @@ class Network:
     def _groups(self) -> tuple[Group, ...]:
         count = len(self.ids)
         if not count or not len(self._base):
-            self._roots_of = {}
             return ()
         written, taken = np.zeros(count, bool), np.zeros(count, bool)
         writing = np.array([self._part[code] == "writes" for code in self._codes.tolist()])
@@ -145,13 +152,19 @@ class Network:
         roots, codes, places = (x[chosen][order] for x in (self._root, self._codes, self._places))
         bounds = np.flatnonzero(np.diff(roots, prepend=-1, append=-1))
         families: dict[tuple, list[tuple[int, int]]] = defaultdict(list)
-        for low, high in pairwise(bounds):
+        for low, high in pairwise(bounds.tolist()):
             families[tuple(dict.fromkeys(codes[low:high].tolist()))].append((low, high))
         return self._named(families, roots, codes, places)
 
-    def _named(self, families, roots, codes, places) -> tuple[Group, ...]:
-        found, self._roots_of, taken = [], {}, Counter()
-        ordered = []
+    def _named(
+        self,
+        families: Mapping[tuple, list[tuple[int, int]]],
+        roots: np.ndarray,
+        codes: np.ndarray,
+        places: np.ndarray,
+    ) -> tuple[Group, ...]:
+        found, ordered = [], []
+        taken: Counter[str] = Counter()
         for signature, spans in families.items():
             first = next(code for code in signature if self._part[code] == "writes")
             spans.sort(key=lambda span: places[span[0] : span[1]][codes[span[0] : span[1]] == first][0])
@@ -169,15 +182,16 @@ class Network:
             members = []
             for code in signature:
                 here = codes[rows] == code
+                tensor, axis, ids = self._at(code)
                 members.append(
                     Member(
-                        self._names[code // 16],
-                        code % 16,
-                        len(self.watched.tensors[self._names[code // 16]][code % 16]),
+                        tensor,
+                        axis,
+                        len(ids),
                         self._part[code],
                         torch.from_numpy(places[rows][here].copy()),
                         torch.from_numpy(units[here].copy()),
-                        self._names[code // 16] in self.watched.parameters,
+                        tensor in self.watched.parameters,
                     )
                 )
             self._roots_of[name] = own
@@ -201,14 +215,13 @@ class Network:
         for code, part in self._part.items():
             if part != "writes":
                 continue
-            axis = self.watched.tensors[self._names[code // 16]][code % 16]
+            name, _, axis = self._at(code)
             roots = self.ids.find(axis)
             reasons = Counter(
                 reason or "a group needs two units at least"
                 for reason, free_ in zip(self.ids.reasons(axis), free[roots].tolist())
                 if not free_
             )
-            name = self._names[code // 16]
             name = name.removesuffix(".weight")
             found += [Frozen(name, count, len(axis), reason) for reason, count in reasons.items()]
         return tuple(found or self._unwritten())
@@ -223,5 +236,5 @@ class Network:
 
 def members_of(watched: Watched, group: Group) -> np.ndarray:
     """The ids of the positions at which a group's units are written."""
-    found = [watched.tensors[m.tensor][m.axis][m.index.numpy()] for m in group.of("writes")]
-    return np.concatenate(found)
+    places = ((watched.tensors[m.tensor][m.axis], m.index.numpy()) for m in group.of("writes"))
+    return np.concatenate([ids[index] for ids, index in places if ids is not None])

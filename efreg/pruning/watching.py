@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
 from efreg.pruning.heads import features_of, widths
@@ -107,7 +108,7 @@ def watch(model: nn.Module, example_inputs: Any) -> Watched:
         copied.train(training)
         for number, call in enumerate(examples):
             try:
-                run = _ran(_Run(found, copied, named, training), copied, twin_inputs(call))
+                run = _ran(Run(found, copied, named, training), copied, twin_inputs(call))
             except ValueError as error:
                 if not training:
                     raise
@@ -118,7 +119,7 @@ def watch(model: nn.Module, example_inputs: Any) -> Watched:
     return found
 
 
-def _ran(run: "_Run", model: nn.Module, call: Any) -> "_Run":
+def _ran(run: "Run", model: nn.Module, call: Any) -> "Run":
     """The run, once it has seen a forward pass; what the pass kept for its gradients is gone."""
     found = run.found
     run.start(call)
@@ -193,7 +194,7 @@ def _register(found: Watched, model: nn.Module) -> dict[int, tuple[str, Tensor]]
 def _span(tensor: Tensor) -> tuple[int, int]:
     """From its first byte to behind its last in its storage."""
     last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))
-    first, size = tensor.storage_offset(), tensor.element_size()
+    first, size = int(tensor.storage_offset()), tensor.element_size()
     return first * size, (first + last + 1) * size if tensor.numel() else first * size
 
 
@@ -211,7 +212,7 @@ def _freeze_scripted(found: Watched, model: nn.Module) -> None:
 def _located(model: nn.Module, stack: list[str]) -> Iterator[None]:
     """Keeps in `stack` the names of the modules that are running, the innermost last."""
 
-    def leave(*_) -> None:
+    def leave(*_: object) -> None:
         stack.pop()
 
     with ExitStack() as hooks:
@@ -226,7 +227,7 @@ def _located(model: nn.Module, stack: list[str]) -> Iterator[None]:
         yield
 
 
-class _Run(Mode):
+class Run(Mode):
     """One forward pass that is watched; what rules work with."""
 
     def __init__(
@@ -238,9 +239,14 @@ class _Run(Mode):
         self.ids = found.ids
         self.stack: list[str] = []
         called = weakref.WeakMethod(self._called)  # no cycle: what is kept is as large as a training step
-        self.given = Given(lambda *call: called()(*call))
+
+        def tell(*call: Any) -> None:
+            if (method := called()) is not None:
+                method(*call)
+
+        self.given = Given(tell)
         self.masks: list[Mask] = []
-        self._readings: list[tuple[np.ndarray, Mask]] = []
+        self._readings: list[tuple[Axis, Mask]] = []
         self._alike: dict[bytes, list[np.ndarray]] = {}
         self.seen: set[str] = set()
         self._rule_of, self._is_uniform, self._unknown = rule_of, is_uniform, RULES["unknown"]
@@ -256,7 +262,7 @@ class _Run(Mode):
         self._operations: Counter[str] = Counter()
         self._name = ""
 
-    def see(self, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def see(self, function: OpOverload, args: tuple, kwargs: dict[str, Any]) -> Any:
         out = function(*args, **kwargs)
         self._name = function._schema.name
         self._operations[self._name] += 1
@@ -278,7 +284,7 @@ class _Run(Mode):
                 width = self.axes(named["query"])[-1]
                 self.freeze(width, "the scale of attention is made from their number")
 
-    def _follow(self, function: Callable, out: Any, given: dict[str, Any]) -> None:
+    def _follow(self, function: OpOverload, out: Any, given: dict[str, Any]) -> None:
         """What the operation's rule says; where it does not take these arguments all is frozen, as without
         one.
         """
@@ -362,7 +368,7 @@ class _Run(Mode):
         """The ids cannot go because of what this operation does with them."""
         self.ids.freeze(axis, f"{what}{self.where}", soft=soft)
 
-    def contract(self, x: Tensor, i: int, weight: Tensor | None, j: int | None, *, argument: str) -> None:
+    def contract(self, x: Tensor, i: int, weight: Tensor | None = None, j: int = 0, *, argument: str) -> None:
         """The positions along axis i of x are read, by axis j of a weight where there is one."""
         axis = self.axes(x)[i]
         if weight is not None:
@@ -461,7 +467,7 @@ class _Run(Mode):
                 self.found.sizes.setdefault(key, Size(module, axis, number))
 
 
-def _bound(function: Callable, args: Sequence, kwargs: dict) -> dict[str, Any]:
+def _bound(function: OpOverload, args: Sequence, kwargs: dict) -> dict[str, Any]:
     """The arguments by the names that ATen's schema gives them, but for those that are only written to."""
     arguments = function._schema.arguments
     given = dict(zip((argument.name for argument in arguments), args)) | kwargs

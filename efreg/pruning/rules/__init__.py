@@ -9,7 +9,13 @@ that whatever else is to be said: `run.same(a, b)` unites two axes, `run.freeze(
 from collections.abc import Callable
 from importlib import import_module
 
+from torch import Tag, Tensor
+from torch._ops import OpOverload
+
 Rule = Callable[..., None]
+
+Outputs = tuple[Tensor, ...]
+"""What an operation gives that has several outputs."""
 
 RULES: dict[str, Rule] = {}
 """By the name of the ATen operation; one in place, with a trailing underscore, has the rule of its twin."""
@@ -32,12 +38,12 @@ def rule(*operations: str, uniform: bool = False) -> Callable[[Rule], Rule]:
     return register
 
 
-def is_uniform(operation: Callable) -> bool:
+def is_uniform(operation: OpOverload) -> bool:
     """Whether an operation gives ids that none of its inputs has."""
     return operation._schema.name.removeprefix("aten::") in UNIFORM
 
 
-def name_of(operation: Callable) -> str:
+def name_of(operation: OpOverload) -> str:
     """What an ATen operation is called in a message."""
     return operation._schema.name.removeprefix("aten::").strip("_")
 
@@ -48,10 +54,8 @@ for kind in KINDS.split():
     import_module(f"efreg.pruning.rules.{kind}")
 
 
-def rule_of(operation: Callable) -> Rule:
+def rule_of(operation: OpOverload) -> Rule:
     """The rule of an ATen operation; `unknown` where the table has none."""
-    from torch import Tag
-
     name = operation._schema.name.removeprefix("aten::")
     for known in (name, name.removesuffix("_")):
         if known in RULES:

@@ -1,16 +1,29 @@
 """Operations that sum products over an axis: what they take in is read, what a weight gives is written."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch._ops import OpOverload
 
 from efreg.pruning.ids import Axis
-from efreg.pruning.rules import rule
+from efreg.pruning.rules import Outputs, rule
+from efreg.pruning.watching import Run
 
 
 @rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution")
-def convolution(run, out, input, weight, bias=None, transposed=False, groups=1, **_):
+def convolution(
+    run: Run,
+    out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    transposed: bool = False,
+    groups: int = 1,
+    **_: Any,
+) -> None:
     """Input axis 1 is read by weight axis 1, weight axis 0 writes; transposed the other way round.
 
     In groups either whole ones go, or the same channel of each: `Ids.take_apart` leaves it open. Depthwise
@@ -37,7 +50,7 @@ def convolution(run, out, input, weight, bias=None, transposed=False, groups=1, 
     run.name(out, [None, channels, *[None] * (out.ndim - 2)], loud=run.is_loud(weight))
 
 
-def _in_groups(run, out, input, weight, groups: int, transposed: bool) -> Axis:
+def _in_groups(run: Run, out: Tensor, input: Tensor, weight: Tensor, groups: int, transposed: bool) -> Axis:
     """Channels of a grouped convolution: [groups, channels a group] on both sides, the same groups.
 
     The weight has [groups · channels out a group, channels in a group], transposed [groups · in, out a
@@ -51,8 +64,8 @@ def _in_groups(run, out, input, weight, groups: int, transposed: bool) -> Axis:
         run.take(input, 1)
         run.read(weight, 0 if transposed else 1)
         run.write(weight, 1 if transposed else 0)
-        if not run.is_weight(weight) and run.axes(input)[1] is not None:
-            run.mask({"input": {1: run.axes(input)[1]}}, norm=False)
+        if not run.is_weight(weight) and (channels := run.axes(input)[1]) is not None:
+            run.mask({"input": {1: channels}}, norm=False)
     if transposed:
         group, _ = run.ids.take_apart(run.same(run.axes(input)[1], first), [groups, within_in])
         run.size([group], [groups])
@@ -68,7 +81,17 @@ def _in_groups(run, out, input, weight, groups: int, transposed: bool) -> Axis:
 
 
 @rule("torchvision::deform_conv2d")
-def deform_convolution(run, out, input, weight, offset, mask, bias, groups=1, **_):
+def deform_convolution(
+    run: Run,
+    out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    groups: int = 1,
+    **_: Any,
+) -> None:
     """A convolution at places that are computed."""
     for x in (offset, mask):
         for axis in run.axes(x):
@@ -77,39 +100,41 @@ def deform_convolution(run, out, input, weight, offset, mask, bias, groups=1, **
 
 
 @rule("mm", "bmm")
-def mm(run, out, self, mat2, **_):
+def mm(run: Run, out: Tensor, self: Tensor, mat2: Tensor, **_: Any) -> None:
     _product(run, out, self, mat2, "self", "mat2")
 
 
 @rule("addmm")
-def addmm(run, out, self, mat1, mat2, **_):
+def addmm(run: Run, out: Tensor, self: Tensor, mat1: Tensor, mat2: Tensor, **_: Any) -> None:
     _product(run, out, mat1, mat2, "mat1", "mat2", self)
 
 
 @rule("baddbmm")
-def baddbmm(run, out, self, batch1, batch2, **_):
+def baddbmm(run: Run, out: Tensor, self: Tensor, batch1: Tensor, batch2: Tensor, **_: Any) -> None:
     _product(run, out, batch1, batch2, "batch1", "batch2", self)
 
 
 @rule("mv")
-def mv(run, out, self, vec, **_):
+def mv(run: Run, out: Tensor, self: Tensor, vec: Tensor, **_: Any) -> None:
     _product(run, out, self, vec, "self", "vec")
 
 
 @rule("addmv")
-def addmv(run, out, self, mat, vec, **_):
+def addmv(run: Run, out: Tensor, self: Tensor, mat: Tensor, vec: Tensor, **_: Any) -> None:
     _product(run, out, mat, vec, "mat", "vec", self)
 
 
 @rule("dot", "vdot")
-def dot(run, out, function, **given):
+def dot(run: Run, out: Tensor, function: OpOverload, **given: Any) -> None:
     (name, a), (_, b) = ((name, x) for name, x in given.items() if isinstance(x, Tensor))
     run.same(run.axes(a)[0], run.axes(b)[0])
-    run.contract(a, 0, None, None, argument=name)
+    run.contract(a, 0, argument=name)
 
 
 @rule("linear")
-def linear(run, out, input, weight, bias=None, **_):
+def linear(
+    run: Run, out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any
+) -> None:
     """x Wᵀ + b, where it comes in one piece."""
     run.cost(int(np.prod(input.shape[:-1])), *zip(run.axes(weight), weight.shape))
     run.contract(input, input.ndim - 1, weight, 1, argument="input")
@@ -118,7 +143,9 @@ def linear(run, out, input, weight, bias=None, **_):
     run.name(out, axes, loud=loud | (bias is not None and _add(run, axes, bias)))
 
 
-def _product(run, out, a, b, a_name: str, b_name: str, added=None) -> None:
+def _product(
+    run: Run, out: Tensor, a: Tensor, b: Tensor, a_name: str, b_name: str, added: Tensor | None = None
+) -> None:
     """a [..., m, k] times b [..., k, n]: k is read, m and n are written where they are axes of weights.
 
     The product of two weights is a weight: its axes are theirs, and k is between them.
@@ -149,7 +176,7 @@ def _product(run, out, a, b, a_name: str, b_name: str, added=None) -> None:
     run.name(out, axes, loud=louder | (added is not None and _add(run, axes, added)))
 
 
-def _add(run, axes: list[Axis], added: Tensor) -> bool:
+def _add(run: Run, axes: list[Axis], added: Tensor) -> bool:
     """Unites axes with those of a bias. Returns whether it sounds where all that writes a channel is zero."""
     loud = run.is_loud(added)
     for i in range(-len(axes), 0):
@@ -171,7 +198,17 @@ def _add(run, axes: list[Axis], added: Tensor) -> bool:
     "_scaled_dot_product_attention_math",
     "_scaled_dot_product_attention_math_for_mps",
 )
-def attention(run, out, query, key, value, scale=None, attn_mask=None, attn_bias=None, **_):
+def attention(
+    run: Run,
+    out: Outputs,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    **_: Any,
+) -> None:
     """softmax(q kᵀ · scale) v over [batch, heads, length, channels]; without a scale it is made from the
     width.
 
@@ -195,7 +232,7 @@ def attention(run, out, query, key, value, scale=None, attn_mask=None, attn_bias
     run.name(out[0], [q[0], heads, None, v[3]], loud=run.is_loud(value))
 
 
-def _heads(run, query: Tensor, *others: Tensor) -> Axis:
+def _heads(run: Run, query: Tensor, *others: Tensor) -> Axis:
     """The heads of queries; of keys and values there may be fewer, each for several queries that follow."""
     heads, count = run.axes(query)[1], query.shape[1]
     for x in others:
@@ -208,21 +245,34 @@ def _heads(run, query: Tensor, *others: Tensor) -> Axis:
 
 
 @rule("embedding")
-def embedding(run, out, weight, **_):
+def embedding(run: Run, out: Tensor, weight: Tensor, **_: Any) -> None:
     """Rows by number; the columns are written."""
     run.freeze(run.axes(weight)[0], "they are rows of an embedding")
     run.name(out, [*[None] * (out.ndim - 1), run.write(weight, 1)], loud=False)
 
 
 @rule("_embedding_bag", "_embedding_bag_forward_only")
-def embedding_bag(run, out, weight, mode=0, per_sample_weights=None, **_):
+def embedding_bag(
+    run: Run, out: Outputs, weight: Tensor, mode: int = 0, per_sample_weights: Tensor | None = None, **_: Any
+) -> None:
     """Rows by number, summed, averaged or their maximum; the columns are written."""
     run.freeze(run.axes(weight)[0], "they are rows of an embedding")
     run.name(out[0], [None, run.write(weight, 1)], loud=False)
 
 
 @rule("_trilinear")
-def trilinear(run, out, i1, i2, i3, expand1, expand2, expand3, sumdim, **_):
+def trilinear(
+    run: Run,
+    out: Tensor,
+    i1: Tensor,
+    i2: Tensor,
+    i3: Tensor,
+    expand1: Sequence[int],
+    expand2: Sequence[int],
+    expand3: Sequence[int],
+    sumdim: Sequence[int],
+    **_: Any,
+) -> None:
     """Σ x W y over `sumdim`, with axes of length 1 put in at `expand`: what is summed is read, the rest
     written.
     """

@@ -1,22 +1,26 @@
 """Norms and means: over each channel alone they are exact, over channels they mix them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
+import numpy as np
 from torch import Tensor
+from torch._ops import OpOverload
 
-from efreg.pruning.rules import name_of, rule
+from efreg.pruning.rules import Outputs, name_of, rule
+from efreg.pruning.watching import Run
 
 MIXED = "a norm is taken over them"
 
 
-def mix(run, what: str, arguments: dict[str, tuple[Tensor, Sequence[int]]]) -> None:
+def mix(run: Run, what: str, arguments: dict[str, tuple[Tensor, Collection[int]]]) -> None:
     """These axes of the arguments, where they have ids, share a number: they go only by approximation."""
-    masked = {}
+    masked: dict[str, dict[int, np.ndarray]] = {}
     for name, (x, axes) in arguments.items():
         for i in axes:
-            if run.axes(x)[i] is not None:
-                run.freeze(run.axes(x)[i], what, soft=True)
-                masked.setdefault(name, {})[i % x.ndim] = run.axes(x)[i]
+            if (axis := run.axes(x)[i]) is not None:
+                run.freeze(axis, what, soft=True)
+                masked.setdefault(name, {})[i % x.ndim] = axis
     if masked:
         run.mask(masked, norm=True)
 
@@ -33,8 +37,16 @@ def mix(run, what: str, arguments: dict[str, tuple[Tensor, Sequence[int]]]) -> N
     "_batch_norm_no_update",
 )
 def batch_norm(
-    run, out, input, weight=None, bias=None, running_mean=None, running_var=None, training=False, **_
-):
+    run: Run,
+    out: Outputs,
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = False,
+    **_: Any,
+) -> None:
     """Axis 1 with scale, shift and statistics; whatever else has ids is mixed, as of standardised weights.
 
     (0 − μ) / σ is zero by its own statistics, and with a scale and a shift that are zero.
@@ -53,7 +65,15 @@ def batch_norm(
 
 
 @rule("native_layer_norm", "_fused_rms_norm", "rms_norm")
-def layer_norm(run, out, input, normalized_shape, weight=None, bias=None, **_):
+def layer_norm(
+    run: Run,
+    out: Tensor | Outputs,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    **_: Any,
+) -> None:
     """The last axes share a mean, in whole channels of the others."""
     axes = list(run.axes(input))
     normed = range(-len(normalized_shape), 0)
@@ -70,7 +90,15 @@ def layer_norm(run, out, input, normalized_shape, weight=None, bias=None, **_):
 
 
 @rule("native_group_norm")
-def group_norm(run, out, input, weight=None, bias=None, group=1, **_):
+def group_norm(
+    run: Run,
+    out: Outputs,
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    group: int = 1,
+    **_: Any,
+) -> None:
     """[groups, channels a group]: whole groups go exactly, the channels of one share a mean."""
     axes = list(run.axes(input))
     for axis in (axes[0], *axes[2:]):
@@ -89,7 +117,7 @@ def group_norm(run, out, input, weight=None, bias=None, group=1, **_):
 
 
 @rule("_weight_norm_interface", "_weight_norm")
-def weight_norm(run, out, v, g, dim=0, **_):
+def weight_norm(run: Run, out: Tensor | Outputs, v: Tensor, g: Tensor, dim: int = 0, **_: Any) -> None:
     """g · v / ‖v‖ over all axes but `dim`: those are mixed."""
     axes = list(run.axes(v))
     mix(run, MIXED, {"v": (v, [i for i in range(v.ndim) if i != dim % v.ndim])})
@@ -98,7 +126,13 @@ def weight_norm(run, out, v, g, dim=0, **_):
 
 
 @rule("mean", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm")
-def moments(run, out, function, dim=None, **given):
+def moments(
+    run: Run,
+    out: Tensor | Outputs,
+    function: OpOverload,
+    dim: int | Sequence[int] | None = None,
+    **given: Any,
+) -> None:
     """Exact along axes without ids; over channels mixed."""
     name, x = next(iter(given.items()))
     what = name_of(function).removeprefix("linalg_vector_")
@@ -113,7 +147,7 @@ def dims_of(dim: int | Sequence[int] | None, x: Tensor) -> set[int]:
     return {d % x.ndim for d in dims}
 
 
-def name_reduced(run, out: Tensor, x: Tensor, dims: set[int], **more) -> None:
+def name_reduced(run: Run, out: Tensor, x: Tensor, dims: set[int], **more: Any) -> None:
     """The axes that are left after a reduction, with or without places kept for those that went."""
     axes = [None if i in dims else axis for i, axis in enumerate(run.axes(x))]
     kept = out.ndim == x.ndim

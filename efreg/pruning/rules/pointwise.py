@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves, tree_map
 
-from efreg.pruning.rules import name_of, rule
+from efreg.pruning.rules import Outputs, name_of, rule
 from efreg.pruning.running import tensors_in
+from efreg.pruning.watching import Run
 
 
 @rule(
@@ -17,7 +19,7 @@ from efreg.pruning.running import tensors_in
     *("complex", "polar", "log_sigmoid_forward", "fake_quantize_per_tensor_affine_cachemask"),
     *("leaky_relu", "elu", "celu", "selu", "hardtanh", "hardsigmoid"),  # older torch has no tag for these
 )
-def pointwise(run, out, function, **given):
+def pointwise(run: Run, out: Tensor | Outputs, function: OpOverload, **given: Any) -> None:
     """Axes of equal length are united, of length 1 broadcast; a constant of that length freezes."""
     out = out[0] if isinstance(out, tuple) else out
     inputs = tensors_in(given)
@@ -33,7 +35,7 @@ def pointwise(run, out, function, **given):
     run.name(out, axes, loud=loud)
 
 
-def _keeps_zero(run, function: Callable, given: dict[str, Any], i: int) -> bool:
+def _keeps_zero(run: Run, function: Callable, given: dict[str, Any], i: int) -> bool:
     """Whether a channel of axis i, zero in the inputs that have it and keep zero, is zero in the output."""
 
     values = count(1.5, 0.7)  # unequal, so that no two cancel
@@ -56,7 +58,7 @@ def tried(function: Callable, given: dict[str, Any], probe: Callable[[Tensor], T
 
 
 @rule("_prelu_kernel")
-def prelu(run, out, self, weight, **_):
+def prelu(run: Run, out: Tensor, self: Tensor, weight: Tensor, **_: Any) -> None:
     """The slopes go with the channels, but they are no part of what these are written by."""
     channels = 1 if self.ndim > 1 else 0
     slopes = run.axes(weight)[channels] if weight.numel() > 1 else None
@@ -70,7 +72,9 @@ def prelu(run, out, self, weight, **_):
     "fake_quantize_per_channel_affine_cachemask",
     "_fake_quantize_learnable_per_channel_affine",
 )
-def in_steps(run, out, self, axis, scale, zero_point, **_):
+def in_steps(
+    run: Run, out: Tensor | Outputs, self: Tensor, axis: int, scale: Tensor, zero_point: Tensor, **_: Any
+) -> None:
     """Each channel along `axis` rounded to multiples of its own scale."""
     axes = list(run.axes(self))
     for x in (scale, zero_point):
@@ -81,31 +85,31 @@ def in_steps(run, out, self, axis, scale, zero_point, **_):
 
 
 @rule("detach", "alias", "lift_fresh", "rrelu_with_noise", "_conj", "_neg_view")
-def unary(run, out, function, **given):
+def unary(run: Run, out: Tensor, function: OpOverload, **given: Any) -> None:
     """One number from one number of the first argument; zero from zero."""
     run.name(out, run.axes(_first(given)))
 
 
 @rule("bernoulli")
-def bernoulli(run, out, self, p=None, **_):
+def bernoulli(run: Run, out: Tensor, self: Tensor, p: Tensor | float | None = None, **_: Any) -> None:
     """0 or 1, by a probability that it is given or that the tensor has."""
     run.name(out, run.axes(self), loud=None if p is None else True)
 
 
 @rule("native_dropout", "_fused_dropout")
-def native_dropout(run, out, function, **given):
+def native_dropout(run: Run, out: Outputs, function: OpOverload, **given: Any) -> None:
     """The numbers, and which of them stayed."""
     for each, loud in zip(out, (None, True)):
         run.name(each, run.axes(_first(given)), loud=loud)
 
 
 @rule("view_as_real")
-def view_as_real(run, out, self, **_):
+def view_as_real(run: Run, out: Tensor, self: Tensor, **_: Any) -> None:
     run.name(out, [*run.axes(self), None])
 
 
 @rule("view_as_complex")
-def view_as_complex(run, out, self, **_):
+def view_as_complex(run: Run, out: Tensor, self: Tensor, **_: Any) -> None:
     *axes, parts = run.axes(self)
     run.freeze(parts, "they are real and imaginary parts")
     run.name(out, axes)
@@ -115,13 +119,13 @@ def view_as_complex(run, out, self, **_):
     *("fill", "normal", "uniform", "exponential", "log_normal", "cauchy", "geometric", "random"),
     *("ones_like", "full_like", "rand_like", "randn_like", "randint_like"),
 )
-def filled(run, out, function, **given):
+def filled(run: Run, out: Tensor, function: OpOverload, **given: Any) -> None:
     """Numbers in the shape of a tensor, which they would follow."""
     run.name(out, run.axes(_first(given)), loud=True)
 
 
 @rule("zero", "zeros_like", "empty_like")
-def zeros_like(run, out, self, **_):
+def zeros_like(run: Run, out: Tensor, self: Tensor, **_: Any) -> None:
     run.name(out, run.axes(self), loud=False)
 
 
@@ -130,7 +134,7 @@ def zeros_like(run, out, self, **_):
     *("ones", "new_ones", "full", "new_full", "rand", "randn"),
     uniform=True,
 )
-def uniform(run, out, function, **_):
+def uniform(run: Run, out: Tensor, function: OpOverload, **_: Any) -> None:
     """The same number everywhere, or dice: whatever its axes meet, they go with it."""
     run.name(
         out,

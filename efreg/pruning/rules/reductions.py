@@ -2,23 +2,28 @@
 exactly.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
-from efreg.pruning.rules import name_of, rule
+from efreg.pruning.rules import Outputs, name_of, rule
 from efreg.pruning.rules.norms import dims_of, mix, name_reduced
 from efreg.pruning.rules.pointwise import pointwise, tried
 from efreg.pruning.rules.views import in_step
+from efreg.pruning.watching import Run
 
 
 @rule("sum", "nansum")
-def sum_(run, out, self, dim=None, **_):
+def sum_(run: Run, out: Tensor, self: Tensor, dim: int | Sequence[int] | None = None, **_: Any) -> None:
     """Channels that are summed are read."""
     dims = dims_of(dim, self)
     for d in dims:
         if run.axes(self)[d] is not None:
-            run.contract(self, d, None, None, argument="self")
+            run.contract(self, d, argument="self")
     name_reduced(run, out, self, dims)
 
 
@@ -26,7 +31,13 @@ def sum_(run, out, self, dim=None, **_):
     *("amax", "amin", "max", "min", "argmax", "argmin", "aminmax", "median", "nanmedian"),
     *("prod", "logsumexp", "all", "any", "count_nonzero", "histc"),
 )
-def extremes(run, out, function, dim=None, **given):
+def extremes(
+    run: Run,
+    out: Tensor | Outputs,
+    function: OpOverload,
+    dim: int | Sequence[int] | None = None,
+    **given: Any,
+) -> None:
     """An axis that goes: frozen. Of two tensors max and min are pointwise."""
     x, *more = (x for x in given.values() if isinstance(x, Tensor))
     if more:
@@ -41,7 +52,7 @@ def extremes(run, out, function, dim=None, **given):
 
 
 @rule("kthvalue", "mode")
-def of_rank(run, out, function, dim=-1, **given):
+def of_rank(run: Run, out: Tensor | Outputs, function: OpOverload, dim: int = -1, **given: Any) -> None:
     extremes(run, out, function, dim, **given)
 
 
@@ -49,7 +60,7 @@ def of_rank(run, out, function, dim=-1, **given):
     *("_softmax", "_log_softmax", "_safe_softmax", "sort", "argsort", "topk"),
     *("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp"),
 )
-def along(run, out, function, dim=-1, **given):
+def along(run: Run, out: Tensor | Outputs, function: OpOverload, dim: int = -1, **given: Any) -> None:
     """An axis that stays, every place of which depends on the others: frozen."""
     x = next(x for x in given.values() if isinstance(x, Tensor))
     run.freeze(run.axes(x)[dim], f"{name_of(function)} goes over them")
@@ -59,14 +70,22 @@ def along(run, out, function, dim=-1, **given):
 
 
 @rule("linalg_cross")
-def cross(run, out, function, self, other, dim=-1, **_):
+def cross(
+    run: Run,
+    out: Tensor | Outputs,
+    function: OpOverload,
+    self: Tensor,
+    other: Tensor,
+    dim: int = -1,
+    **_: Any,
+) -> None:
     """The product of vectors of three."""
     for x in (self, other):
         run.freeze(run.axes(x)[dim], "they are coordinates in space")
     pointwise(run, out, function, self=self, other=other, dim=dim)
 
 
-def _outputs(run, out, function, given: dict) -> list[tuple[Tensor, bool]]:
+def _outputs(run: Run, out: Tensor | Outputs, function: OpOverload, given: dict) -> list[tuple[Tensor, bool]]:
     """The operation's outputs, and which are loud: what is zero in two places of each axis is tried."""
 
     def probe(x: Tensor) -> Tensor:
@@ -78,7 +97,7 @@ def _outputs(run, out, function, given: dict) -> list[tuple[Tensor, bool]]:
 
 
 @rule("_fft_r2c", "_fft_c2r", "_fft_c2c")
-def fourier(run, out, self, dim, **_):
+def fourier(run: Run, out: Tensor, self: Tensor, dim: Sequence[int], **_: Any) -> None:
     """Exact along axes that are not transformed."""
     for d in dim:
         run.freeze(run.axes(self)[d], "a Fourier transform goes over them")
@@ -86,7 +105,15 @@ def fourier(run, out, self, dim, **_):
 
 
 @rule("mse_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "binary_cross_entropy")
-def loss(run, out, function, self, target, reduction=1, **given):
+def loss(
+    run: Run,
+    out: Tensor,
+    function: OpOverload,
+    self: Tensor,
+    target: Tensor,
+    reduction: int = 1,
+    **given: Any,
+) -> None:
     """Pointwise, or the mean or sum of that over all axes, which mixes them."""
     if not reduction:
         pointwise(run, out, function, self=self, target=target, reduction=reduction, **given)
@@ -95,7 +122,7 @@ def loss(run, out, function, self, target, reduction=1, **given):
 
 
 @rule("_cdist_forward")
-def distances(run, out, x1, x2, **_):
+def distances(run: Run, out: Tensor, x1: Tensor, x2: Tensor, **_: Any) -> None:
     """‖a − b‖ for all pairs of rows, over the last axis."""
     _mix_pair(run, "a distance is taken over them", {"x1": x1, "x2": x2}, 1)
     for x in (x1, x2):
@@ -105,11 +132,11 @@ def distances(run, out, x1, x2, **_):
 
 
 @rule("dist")
-def distance(run, out, self, other, **_):
+def distance(run: Run, out: Tensor, self: Tensor, other: Tensor, **_: Any) -> None:
     _mix_pair(run, "a distance is taken over them", {"self": self, "other": other}, self.ndim)
 
 
-def _mix_pair(run, what: str, pair: dict[str, Tensor], count: int) -> None:
+def _mix_pair(run: Run, what: str, pair: dict[str, Tensor], count: int) -> None:
     """The last axes of two tensors, which are the same, go into one number."""
     a, b = pair.values()
     last = range(-min(count, a.ndim, b.ndim), 0)
@@ -120,14 +147,14 @@ def _mix_pair(run, what: str, pair: dict[str, Tensor], count: int) -> None:
 
 
 @rule("tril", "triu")
-def triangle(run, out, self, **_):
+def triangle(run: Run, out: Tensor, self: Tensor, **_: Any) -> None:
     for axis in run.axes(self)[-2:]:
         run.freeze(axis, "their places make a triangle")
     run.name(out, run.axes(self))
 
 
 @rule("glu")
-def glu(run, out, self, dim=-1, **_):
+def glu(run: Run, out: Tensor, self: Tensor, dim: int = -1, **_: Any) -> None:
     """a · σ(b) for the halves a and b, which go in step."""
     axes = list(run.axes(self))
     axes[dim] = in_step(run, axes[dim], 2)

@@ -1,12 +1,15 @@
 """Operations over space that hand each channel on: pooling, upsampling, padding, sampling."""
 
-import re
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch._ops import OpOverload
 
-from efreg.pruning.rules import rule
+from efreg.pruning.rules import Outputs, rule
 from efreg.pruning.rules.views import together
+from efreg.pruning.watching import Run
 
 PLACES = "they lie along a spatial axis"
 
@@ -35,11 +38,16 @@ RESIZED += [
 PADS = [f"{kind}_pad{d}d" for d in (1, 2, 3) for kind in ("reflection", "replication")]
 
 
+def _space(function: OpOverload) -> int:
+    """How many axes are space, as the operation's name says."""
+    return next(d for d in (1, 2, 3) if f"{d}d" in function._schema.name)
+
+
 @rule(*POOLS, *RESIZED, *PADS)
-def channelwise(run, out, function, **given):
+def channelwise(run: Run, out: Tensor | Outputs, function: OpOverload, **given: Any) -> None:
     """The last axes, as many as the operation's name says, are space."""
     x = next(x for x in given.values() if isinstance(x, Tensor))
-    space = int(re.search(r"([123])d", function._schema.name)[1])
+    space = _space(function)
     axes = list(run.axes(x))
     for axis in axes[-space:]:
         run.freeze(axis, PLACES)
@@ -49,9 +57,9 @@ def channelwise(run, out, function, **given):
 
 
 @rule("max_unpool2d", "max_unpool3d")
-def unpool(run, out, function, self, indices, **_):
+def unpool(run: Run, out: Tensor, function: OpOverload, self: Tensor, indices: Tensor, **_: Any) -> None:
     """To where the maxima were, of the same channels."""
-    channels = self.ndim - int(re.search(r"([23])d", function._schema.name)[1]) - 1
+    channels = self.ndim - _space(function) - 1
     axis = run.meet((self, channels), (indices, channels))
     channelwise(run, out, function, self=self)
     axes = [axis if i == channels else other for i, other in enumerate(run.axes(out))]
@@ -59,24 +67,24 @@ def unpool(run, out, function, self, indices, **_):
 
 
 @rule("constant_pad_nd")
-def pad(run, out, self, pad, value=0, **_):
+def pad(run: Run, out: Tensor, self: Tensor, pad: Sequence[int], value: float = 0, **_: Any) -> None:
     """Padded channels are new and frozen, as in the shortcuts of CIFAR's ResNets."""
     axes = list(run.axes(self))
     for k in range(len(pad) // 2):
         i, (before, after) = self.ndim - 1 - k, pad[2 * k : 2 * k + 2]
-        if axes[i] is None or not (before or after):
+        if (axis := axes[i]) is None or not (before or after):
             continue
         if before < 0 or after < 0:
-            run.freeze(axes[i], "they are cropped")
+            run.freeze(axis, "they are cropped")
         new = run.ids.fresh(max(before, 0) + max(after, 0))
         run.freeze(new, "they are padded")
-        inner = axes[i][max(-before, 0) : self.shape[i] - max(-after, 0)]
+        inner = axis[max(-before, 0) : self.shape[i] - max(-after, 0)]
         axes[i] = np.concatenate([new[: max(before, 0)], inner, new[max(before, 0) :]])
     run.name(out, axes, loud=run.is_loud(self) or bool(value))
 
 
 @rule("grid_sampler_2d", "grid_sampler_3d", "cudnn_grid_sampler")
-def grid_sampler(run, out, input, grid, **_):
+def grid_sampler(run: Run, out: Tensor, input: Tensor, grid: Tensor, **_: Any) -> None:
     """Places of all channels, taken by coordinates."""
     for axis in (run.axes(input)[0], *run.axes(input)[2:], *run.axes(grid)):
         run.freeze(axis, "places are taken from them")
@@ -84,7 +92,7 @@ def grid_sampler(run, out, input, grid, **_):
 
 
 @rule("torchvision::roi_align", "torchvision::roi_pool")
-def roi_align(run, out, input, rois, **_):
+def roi_align(run: Run, out: Tensor | Outputs, input: Tensor, rois: Tensor, **_: Any) -> None:
     """Boxes of [batch, channels, height, width], pooled to [boxes, channels, height, width]."""
     for axis in (run.axes(input)[0], *run.axes(input)[2:], *run.axes(rois)):
         run.freeze(axis, "boxes are taken from them")
@@ -93,9 +101,9 @@ def roi_align(run, out, input, rois, **_):
 
 
 @rule("im2col")
-def im2col(run, out, self, kernel_size, **_):
+def im2col(run: Run, out: Tensor, self: Tensor, kernel_size: Sequence[int], **_: Any) -> None:
     """Patches: each channel repeats for every place of the kernel."""
-    *batch, channels, _, _ = run.axes(self)
+    *batch, channels = run.axes(self)[:-2]
     for axis in run.axes(self)[-2:]:
         run.freeze(axis, PLACES)
     repeated = None if channels is None else np.repeat(channels, int(np.prod(kernel_size)))
@@ -103,7 +111,7 @@ def im2col(run, out, self, kernel_size, **_):
 
 
 @rule("col2im")
-def col2im(run, out, self, kernel_size, **_):
+def col2im(run: Run, out: Tensor, self: Tensor, kernel_size: Sequence[int], **_: Any) -> None:
     """Patches put back: the channels of all places of the kernel are one."""
     *batch, columns, places = run.axes(self)
     run.freeze(places, PLACES)

@@ -2,15 +2,19 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
+from torch import Tensor
+from torch._ops import OpOverload
 
 from efreg.pruning.ids import Axis
-from efreg.pruning.rules import rule
+from efreg.pruning.rules import Outputs, rule
 from efreg.pruning.rules.unknown import unknown
+from efreg.pruning.watching import Run
 
 
-def together(run, axis: Axis, count: int) -> Axis:
+def together(run: Run, axis: Axis, count: int) -> Axis:
     """Each `count` positions that follow one another are one: theirs, fewer."""
     if axis is None:
         return None
@@ -19,7 +23,7 @@ def together(run, axis: Axis, count: int) -> Axis:
     return table[:, 0]
 
 
-def in_step(run, axis: Axis, parts: int) -> Axis:
+def in_step(run: Run, axis: Axis, parts: int) -> Axis:
     """Of equal parts of an axis the n-th position of each is one: those of a part."""
     if axis is None:
         return None
@@ -29,14 +33,14 @@ def in_step(run, axis: Axis, parts: int) -> Axis:
 
 
 @rule("view", "_unsafe_view", "_reshape_alias", "reshape", "_reshape_copy", "view_copy")
-def view(run, out, self, **_):
+def view(run: Run, out: Tensor, self: Tensor, **_: Any) -> None:
     """Merged axes repeat their ids; of split axes one carries them (groups.md): see `Ids.take_apart`."""
     axes = reshaped(run, run.axes(self), self.shape, out.shape)
     run.name(out, axes)
     run.size(axes, out.shape)
 
 
-def reshaped(run, axes: Sequence[Axis], before: Sequence[int], after: Sequence[int]) -> list[Axis]:
+def reshaped(run: Run, axes: Sequence[Axis], before: Sequence[int], after: Sequence[int]) -> list[Axis]:
     """The axes of a row-major view from one shape to another.
 
     Both are taken apart at each other's borders, then put together; where these do not nest, ids freeze.
@@ -73,7 +77,15 @@ def _spans(shape: Sequence[int]) -> list[tuple[int, int]]:
 
 
 @rule("as_strided")
-def as_strided(run, out, function, self, size, stride, **given):
+def as_strided(
+    run: Run,
+    out: Tensor,
+    function: OpOverload,
+    self: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    **given: Any,
+) -> None:
     """The same numbers in the same places, as where pooling lays its output out anew; else nobody knows."""
     axes = run.axes(self)  # in place the strides are the new ones already
     same = len(axes) == len(size) and all(axis is None or len(axis) == n for axis, n in zip(axes, size))
@@ -84,32 +96,32 @@ def as_strided(run, out, function, self, size, stride, **given):
 
 
 @rule("permute")
-def permute(run, out, self, dims, **_):
+def permute(run: Run, out: Tensor, self: Tensor, dims: Sequence[int], **_: Any) -> None:
     axes = run.axes(self)
     run.name(out, [axes[d] for d in dims])
 
 
 @rule("transpose")
-def transpose(run, out, self, dim0, dim1, **_):
+def transpose(run: Run, out: Tensor, self: Tensor, dim0: int, dim1: int, **_: Any) -> None:
     axes = list(run.axes(self))
     axes[dim0], axes[dim1] = axes[dim1], axes[dim0]
     run.name(out, axes)
 
 
 @rule("t")
-def t(run, out, self, **_):
+def t(run: Run, out: Tensor, self: Tensor, **_: Any) -> None:
     run.name(out, run.axes(self)[::-1])
 
 
 @rule("unsqueeze")
-def unsqueeze(run, out, self, dim, **_):
+def unsqueeze(run: Run, out: Tensor, self: Tensor, dim: int, **_: Any) -> None:
     axes = list(run.axes(self))
     axes.insert(dim % out.ndim, None)
     run.name(out, axes)
 
 
 @rule("squeeze")
-def squeeze(run, out, self, dim=None, **_):
+def squeeze(run: Run, out: Tensor, self: Tensor, dim: int | None = None, **_: Any) -> None:
     """Axes of length 1 go. In place the shape is the new one already, which says which."""
     axes = run.axes(self)
     if out is not self:
@@ -126,7 +138,7 @@ def squeeze(run, out, self, dim=None, **_):
 
 
 @rule("expand", uniform=True)
-def expand(run, out, self, **_):
+def expand(run: Run, out: Tensor, self: Tensor, **_: Any) -> None:
     """New axes, and those that were of length 1, go with whatever they meet."""
     axes = [None] * (out.ndim - self.ndim) + list(run.axes(self))
     before = [1] * (out.ndim - self.ndim) + list(self.shape)
@@ -135,7 +147,7 @@ def expand(run, out, self, **_):
 
 
 @rule("repeat")
-def repeat(run, out, self, **_):
+def repeat(run: Run, out: Tensor, self: Tensor, **_: Any) -> None:
     """Ids repeated."""
     axes = [None] * (out.ndim - self.ndim) + list(run.axes(self))
     run.name(
@@ -144,15 +156,18 @@ def repeat(run, out, self, **_):
 
 
 @rule("flip")
-def flip(run, out, self, dims=(), **_):
+def flip(run: Run, out: Tensor, self: Tensor, dims: Sequence[int] = (), **_: Any) -> None:
     axes = list(run.axes(self))
     for d in dims:
-        axes[d] = None if axes[d] is None else axes[d][::-1]
+        axis = axes[d]
+        axes[d] = None if axis is None else axis[::-1]
     run.name(out, axes)
 
 
 @rule("roll")
-def roll(run, out, self, shifts, dims=(), **_):
+def roll(
+    run: Run, out: Tensor, self: Tensor, shifts: Sequence[int], dims: Sequence[int] = (), **_: Any
+) -> None:
     """Exact along axes without ids."""
     for d in dims or range(self.ndim):
         run.freeze(run.axes(self)[d], "they are rolled along their axis")
@@ -160,7 +175,7 @@ def roll(run, out, self, shifts, dims=(), **_):
 
 
 @rule("cat")
-def cat(run, out, tensors, dim=0, **_):
+def cat(run: Run, out: Tensor, tensors: Sequence[Tensor], dim: int = 0, **_: Any) -> None:
     """Ids side by side; what cannot go beside what can gets frozen ids of its own."""
     parts = [x for x in tensors if x.ndim == out.ndim]
     axes = [
@@ -173,7 +188,7 @@ def cat(run, out, tensors, dim=0, **_):
     run.name(out, axes, loud=any(run.is_loud(x) for x in parts if beside or run.can_go(run.axes(x)[dim])))
 
 
-def _known(run, axis: Axis, length: int) -> np.ndarray:
+def _known(run: Run, axis: Axis, length: int) -> np.ndarray:
     if axis is None:
         axis = run.ids.fresh(length)
         run.freeze(axis, "they are concatenated with channels")
@@ -181,7 +196,7 @@ def _known(run, axis: Axis, length: int) -> np.ndarray:
 
 
 @rule("stack")
-def stack(run, out, tensors, dim=0, **_):
+def stack(run: Run, out: Tensor, tensors: Sequence[Tensor], dim: int = 0, **_: Any) -> None:
     """The tensors' axes are united; the new one is a fixed number."""
     axes = [run.same(*(run.axes(x)[i] for x in tensors)) for i in range(out.ndim - 1)]
     axes.insert(dim % out.ndim, None)
@@ -189,7 +204,7 @@ def stack(run, out, tensors, dim=0, **_):
 
 
 @rule("split", "unsafe_split")
-def split(run, out, self, dim=0, **_):
+def split(run: Run, out: Sequence[Tensor], self: Tensor, dim: int = 0, **_: Any) -> None:
     """Equal parts go in step, the n-th of each with the n-th of the others: their number is fixed."""
     lengths = [x.shape[dim] for x in out]
     if len(set(lengths)) == 1:
@@ -198,12 +213,12 @@ def split(run, out, self, dim=0, **_):
 
 
 @rule("split_with_sizes", "unsafe_split_with_sizes")
-def split_with_sizes(run, out, self, split_sizes, dim=0, **_):
+def split_with_sizes(run: Run, out: Sequence[Tensor], self: Tensor, dim: int = 0, **_: Any) -> None:
     """Ids taken apart where the network says; equal parts in step."""
     split(run, out, self, dim)
 
 
-def _parts(run, out, self, dim: int, lengths: Sequence[int]) -> None:
+def _parts(run: Run, out: Sequence[Tensor], self: Tensor, dim: int, lengths: Sequence[int]) -> None:
     whole = run.axes(self)[dim]
     run.size([whole], [self.shape[dim]])
     bounds = np.cumsum([0, *lengths])
@@ -214,19 +229,19 @@ def _parts(run, out, self, dim: int, lengths: Sequence[int]) -> None:
 
 
 @rule("unbind")
-def unbind(run, out, self, dim=0, **_):
+def unbind(run: Run, out: Sequence[Tensor], self: Tensor, dim: int = 0, **_: Any) -> None:
     run.freeze(run.axes(self)[dim], "the network takes them one by one")
     for x in out:
         run.name(x, [axis for i, axis in enumerate(run.axes(self)) if i != dim % self.ndim])
 
 
 @rule("select")
-def select(run, out, self, dim, index, **_):
+def select(run: Run, out: Tensor, self: Tensor, dim: int, index: int, **_: Any) -> None:
     _take_one(run, run.axes(self)[dim], index)
     run.name(out, [axis for i, axis in enumerate(run.axes(self)) if i != dim % self.ndim])
 
 
-def _take_one(run, axis: Axis, index: int) -> None:
+def _take_one(run: Run, axis: Axis, index: int) -> None:
     """What is taken by its number stays, and so do those that it is counted by: before it, or behind it."""
     if axis is not None:
         counted = axis[index:] if index < 0 else axis[: index + 1]
@@ -234,7 +249,16 @@ def _take_one(run, axis: Axis, index: int) -> None:
 
 
 @rule("slice")
-def slice_(run, out, self, dim=0, start=None, end=None, step=1, **_):
+def slice_(
+    run: Run,
+    out: Tensor,
+    self: Tensor,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+    **_: Any,
+) -> None:
     """Some of the ids; every second one goes in step with those between."""
     axes = list(run.axes(self))
     axis, length = axes[dim], self.shape[dim]
@@ -253,14 +277,14 @@ def slice_(run, out, self, dim=0, start=None, end=None, step=1, **_):
 
 
 @rule("pixel_shuffle")
-def pixel_shuffle(run, out, self, upscale_factor, **_):
+def pixel_shuffle(run: Run, out: Tensor, self: Tensor, upscale_factor: int, **_: Any) -> None:
     """C · r² channels become C: the r² of each go together."""
     *rest, channels = run.axes(self)[:-2]
     run.name(out, [*rest, together(run, channels, upscale_factor**2), *_space(run, self)])
 
 
 @rule("pixel_unshuffle")
-def pixel_unshuffle(run, out, self, downscale_factor, **_):
+def pixel_unshuffle(run: Run, out: Tensor, self: Tensor, downscale_factor: int, **_: Any) -> None:
     """C channels become C · r²: each repeats."""
     *rest, channels = run.axes(self)[:-2]
     channels = None if channels is None else np.repeat(channels, downscale_factor**2)
@@ -268,7 +292,7 @@ def pixel_unshuffle(run, out, self, downscale_factor, **_):
 
 
 @rule("channel_shuffle", "native_channel_shuffle")
-def channel_shuffle(run, out, self, groups, **_):
+def channel_shuffle(run: Run, out: Tensor, self: Tensor, groups: int, **_: Any) -> None:
     """A view as [groups, C / groups], transposed."""
     batch, channels, *rest = run.axes(self)
     sizes = [groups, self.shape[1] // groups]
@@ -276,14 +300,14 @@ def channel_shuffle(run, out, self, groups, **_):
     run.name(out, [batch, run.ids.put_together(parts[::-1], sizes[::-1]), *rest])
 
 
-def _space(run, x) -> list[Axis]:
+def _space(run: Run, x: Tensor) -> list[Axis]:
     for axis in run.axes(x)[-2:]:
         run.freeze(axis, "they lie along a spatial axis")
     return [None, None]
 
 
 @rule("unfold")
-def unfold(run, out, self, dimension, **_):
+def unfold(run: Run, out: Tensor, self: Tensor, dimension: int, **_: Any) -> None:
     """Windows along one axis, which become the last."""
     axes = list(run.axes(self))
     run.freeze(axes[dimension], "windows are taken along them")
@@ -292,7 +316,7 @@ def unfold(run, out, self, dimension, **_):
 
 
 @rule("diagonal")
-def diagonal(run, out, self, dim1=0, dim2=1, **_):
+def diagonal(run: Run, out: Tensor, self: Tensor, dim1: int = 0, dim2: int = 1, **_: Any) -> None:
     """Two axes go, the diagonal becomes the last."""
     gone = {dim1 % self.ndim, dim2 % self.ndim}
     for d in gone:
@@ -301,13 +325,15 @@ def diagonal(run, out, self, dim1=0, dim2=1, **_):
 
 
 @rule("trace")
-def trace(run, out, self, **_):
+def trace(run: Run, out: Tensor, self: Tensor, **_: Any) -> None:
     for axis in run.axes(self):
         run.freeze(axis, "a diagonal is taken of them")
 
 
 @rule("diag_embed")
-def diag_embed(run, out, self, offset=0, dim1=-2, dim2=-1, **_):
+def diag_embed(
+    run: Run, out: Tensor, self: Tensor, offset: int = 0, dim1: int = -2, dim2: int = -1, **_: Any
+) -> None:
     """The last axis becomes the diagonal of two."""
     run.freeze(run.axes(self)[-1], "they become a diagonal")
     axes = list(run.axes(self)[:-1])
@@ -317,7 +343,7 @@ def diag_embed(run, out, self, offset=0, dim1=-2, dim2=-1, **_):
 
 
 @rule("_pack_padded_sequence")
-def pack(run, out, input, **_):
+def pack(run: Run, out: Outputs, input: Tensor, **_: Any) -> None:
     """Sequences end to end: [batch, length, ...] or [length, batch, ...] to [sum of lengths, ...]."""
     for axis in run.axes(input)[:2]:
         run.freeze(axis, "sequences are packed along them")
@@ -325,6 +351,6 @@ def pack(run, out, input, **_):
 
 
 @rule("_pad_packed_sequence")
-def unpack(run, out, data, padding_value=0, **_):
+def unpack(run: Run, out: Outputs, data: Tensor, padding_value: float = 0, **_: Any) -> None:
     run.freeze(run.axes(data)[0], "sequences are packed along them")
     run.name(out[0], [None, None, *run.axes(data)[1:]], loud=bool(padding_value) or run.is_loud(data))
