@@ -28,6 +28,7 @@ cuda-check: ## compile and link the CUDA operations for sm_75, sm_80 and sm_90; 
 lint:      ## what CI checks beside the tests
 	ruff check .
 	ruff format --check .
+	mypy
 	clang-format --dry-run --Werror $(CXX_FILES)
 
 format:    ## mend what can be mended by machine
