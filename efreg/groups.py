@@ -123,7 +123,7 @@ def tensor_of(model: nn.Module, name: str) -> Tensor:
 
 def stacked(tensor: Tensor, member: Member, size: int) -> Tensor:
     """A member's entries of each of `size` units as a row; zeros where a unit has fewer. [N, D]"""
-    slices = tensor.detach().movedim(member.axis, 0).reshape(tensor.shape[member.axis], -1)
+    slices = gathered(tensor.detach()).movedim(member.axis, 0).reshape(tensor.shape[member.axis], -1)
     slices = slices.to(torch.promote_types(slices.dtype, torch.float32))
     if member.whole:
         return slices
@@ -133,6 +133,11 @@ def stacked(tensor: Tensor, member: Member, size: int) -> Tensor:
     table = slices.new_zeros(size, int(counts.max()), slices.shape[1])
     table[unit, places] = slices[index]
     return table.flatten(1)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The tensor, whole where it is sharded, which all processes that have a shard ask for together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -170,7 +170,9 @@ def _processor() -> str:
 def _build(extension: Extension, name: str, folder: Path) -> ModuleType:
     if extension is CUDA:
         os.environ["CUDA_HOME"] = str(toolkit())
-    cpp_extension = _torch_extensions()
+    _leave_missing_devices_unsaid()
+    from torch.utils import cpp_extension
+
     _put_ninja_on_path()
     logger.warning("building the %s operations into %s: once, about half a minute", extension.name, folder)
     unfinished = folder.with_suffix(".unfinished")
@@ -191,11 +193,10 @@ def _build(extension: Extension, name: str, folder: Path) -> ModuleType:
     return module
 
 
-def _torch_extensions() -> ModuleType:
-    """torch.utils.cpp_extension, without its word that a CUDA toolkit is here and no device."""
+def _leave_missing_devices_unsaid() -> None:
+    """torch.utils.cpp_extension says when it is imported that a CUDA toolkit is here and no device."""
     known = logging.getLogger("torch.utils.cpp_extension")
     known.addFilter(lambda record: "No CUDA runtime" not in record.getMessage())
-    return importlib.import_module("torch.utils.cpp_extension")
 
 
 def _put_ninja_on_path() -> None:

@@ -3,38 +3,31 @@
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from operator import is_
-from typing import NamedTuple, overload
+from typing import overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from efreg.backends.protocol import Backend, Kept, apply
 from efreg.backends.reference import accumulator
-from efreg.backends.rows import Groups, Rows, by_device_and_dtype
+from efreg.backends.rows import Groups, by_device_and_dtype
 from efreg.backends.sending import capturing
 from efreg.force.laws import Charges, Factor, Law
+from efreg.force.shards import is_sharded, local
+from efreg.force.spans import Found, Gathering, Span, rows_of
 from efreg.force.store import Shelf
-from efreg.force.targets import Clock, Place, Target
+from efreg.force.targets import Clock, Target
 
 Serving = Callable[[torch.device], Backend]
 """The backend that serves a device."""
 
 
-class Found(NamedTuple):
-    """A place as it is in the model now."""
-
-    target: Target
-    place: Place
-    module: nn.Module
-    key: str
-    parameter: nn.Parameter
-
-
 class Charging:
     """Targets whose charges are taken together, and the parameters that count for them.
 
-    These may lie on several devices and be of several dtypes; statistics come together on the shelf's.
+    These may lie on several devices and be of several dtypes, and be sharded over several processes;
+    statistics come together on the shelf's device, in one collective.
     """
 
     def __init__(self, targets: Sequence[Target], found: Sequence[Found], shelf: Shelf, serving: Serving):
@@ -42,17 +35,19 @@ class Charging:
         self.found = [f for target in targets for f in found if f.target is target]
         parts = by_device_and_dtype(self.found, lambda f: f.parameter)
         self._backends = [serving(part[0].parameter.device) for part in parts]
-        self._rows = [rows_of(part, shelf)[0] for part in parts]
-        fields = ("tensors", "dims", "units")
-        together = Rows(*([x for rows in self._rows for x in getattr(rows, field)] for field in fields))
-        owners = [self.targets.index(f.target) for part in parts for f in part]
+        self._rows = [rows_of([Span.here(f, shelf) for f in part]) for part in parts]
+        ordered = [f for part in parts for f in part]
+        sharded = any(is_sharded(f.parameter) for f in ordered)
+        self._gathering = Gathering(ordered, shelf) if sharded else None
+        together = rows_of([Span.of(f, shelf) for f in ordered])
+        owners = [self.targets.index(f.target) for f in ordered]
         sizes, starts = ([of[target] for target in targets] for of in (shelf.sizes, shelf.starts))
         self.groups = Groups(together, sizes, starts, owners)
 
     @property
     def backend(self) -> Backend | None:
         """The one backend that can take the charges; None where they come from several places."""
-        return self._backends[0] if len(self._backends) == 1 else None
+        return self._backends[0] if len(self._backends) == 1 and self._gathering is None else None
 
     def take(self, law: Law, kept: Kept | None = None) -> None:
         """Writes the coefficients that the law gives the targets now."""
@@ -71,7 +66,8 @@ class Charging:
 
         measured = [b.measure(rows, **law.statistics) for b, rows in zip(self._backends, self._rows)]
         magnitudes, balances, norms = zip(*measured)
-        return joined(magnitudes), joined(balances), None if norms[0] is None else joined(norms)
+        found = joined(magnitudes), joined(balances), None if norms[0] is None else joined(norms)
+        return found if self._gathering is None else self._gathering(*found)
 
 
 class Batch:
@@ -112,8 +108,10 @@ class Batch:
         self.maximize = maximizes(first.parameter, owners)
         self._due: Charging | None = None
         self._begins = self._stilled = False
-        self._rows, self._slices = rows_of(self.found, shelf)
+        spans = [Span.here(f, shelf) for f in self.found]
+        self._rows, self._slices = rows_of(spans), {i: s for i, s in enumerate(spans) if not s.is_all}
         self._pulled = [f.parameter for f in self.found]
+        self._sharded = any(map(is_sharded, self._pulled))
         self._mark = _Mark([])
         self._gone: list[weakref.ref] = []
         self._modules = [weakref.ref(f.module, self._gone.append) for f in self.found]
@@ -161,7 +159,7 @@ class Batch:
         most: the largest coefficient. Gradients that nothing was written to since the last pull hold it
         already and are left as they are, but with `again`, and in a capture, whose replays see new ones.
         """
-        whole = [parameter.grad for parameter in self._pulled]
+        whole = self._gradients()
         there = [grad for grad in whole if grad is not None]
         if not again and not capturing(self.device) and self._mark.is_on(there):
             return
@@ -189,7 +187,7 @@ class Batch:
 
     def forget(self) -> None:
         """Takes from the gradients the share that the coefficients are."""
-        grads = self._sliced([parameter.grad for parameter in self._pulled])
+        grads = self._sliced(self._gradients())
         self.backend.pull(grads, self._rows, self.coefficients(), scale=1.0, direction="share")
 
     def still(self, optimizer: Optimizer) -> None:
@@ -201,7 +199,7 @@ class Batch:
             gone = self.shelf.entries(f.target, f.place, f.parameter) != 0
             for kept in optimizer.state.get(f.parameter, {}).values():
                 if isinstance(kept, Tensor) and kept.shape == f.parameter.shape:
-                    kept.masked_fill_(gone.to(kept.device), 0)
+                    local(kept).masked_fill_(gone.to(kept.device), 0)
 
     def rates(self, law: Law, strength: Factor) -> list[Factor]:
         """Of each parameter the learning rate times α, 0 where it has no gradient; else what the law says."""
@@ -227,11 +225,16 @@ class Batch:
         self._due, self._begins = None, False
         return kept
 
+    def _gradients(self) -> list[Tensor | None]:
+        """What lies here of the gradient of each parameter."""
+        grads = [parameter.grad for parameter in self._pulled]
+        return [grad if grad is None else local(grad) for grad in grads] if self._sharded else grads
+
     def _sliced(self, grads: list[Tensor | None]) -> list[Tensor | None]:
         """The gradients of the rows, which may be slices of parameters."""
-        for i, (dim, first, length) in self._slices.items():
+        for i, span in self._slices.items():
             if (grad := grads[i]) is not None:
-                grads = [*grads[:i], grad.detach().narrow(dim, first, length), *grads[i + 1 :]]
+                grads = [*grads[:i], span._replace(tensor=grad).slice, *grads[i + 1 :]]
         return grads
 
     def _look_up(self) -> Iterator:
@@ -239,7 +242,7 @@ class Batch:
 
     def _look(self) -> tuple:
         """What is compared at every step, with little time for each parameter."""
-        there = self._parameters
+        there = list(map(local, self._parameters)) if self._sharded else self._parameters
         return list(map(Tensor.data_ptr, there)), list(map(Tensor.numel, there)), there[0].dtype
 
 
@@ -264,22 +267,6 @@ class _Mark:
             and self._versions[0] == first._version
             and self._versions == _versions(grads)
         )
-
-
-def rows_of(found: Sequence[Found], shelf: Shelf) -> tuple[Rows, dict[int, tuple[int, int, int]]]:
-    """The places as rows, and which of them are slices of parameters: dimension, first entry, how many."""
-    tensors: list[Tensor] = []
-    units: list[Tensor] = []
-    slices: dict[int, tuple[int, int, int]] = {}
-    for i, f in enumerate(found):
-        dim, filters = f.place.dim, f.parameter.shape[f.place.dim]
-        first, own = f.place.units(filters)
-        units.append(torch.where(own < 0, -1, own + shelf.starts[f.target]).to(torch.int32))
-        tensors.append(f.parameter)
-        if len(own) < filters:
-            slices[i] = dim, first, len(own)
-            tensors[i] = f.parameter.detach().narrow(dim, first, len(own))
-    return Rows(tensors, [f.place.dim for f in found], units), slices
 
 
 def maximizes(parameter: Tensor, owners: dict[int, dict]) -> bool:

@@ -15,10 +15,12 @@ from torch.optim import Optimizer
 from efreg.backends import Backend, select
 from efreg.backends.rows import by_device_and_dtype
 from efreg.backends.sending import capturing
-from efreg.force.batches import Batch, Charging, Found, maximizes, times
+from efreg.force.batches import Batch, Charging, maximizes, times
 from efreg.force.laws import Factor, Law, strength_at
+from efreg.force.shards import check_sharding
+from efreg.force.spans import Found
 from efreg.force.store import Store
-from efreg.force.targets import Target, check_weight
+from efreg.force.targets import Place, Target, check_weight
 from efreg.force.watch import Watch
 
 logger = logging.getLogger("efreg")
@@ -156,7 +158,7 @@ class Serving:
             usable = [
                 Found(target, place, *there)
                 for place, there in here
-                if there is not None and place.fits(there[2]) and _is_served(there[2], place.name)
+                if there is not None and place.fits(there[2]) and _is_served(there[2], place)
             ]
             if usable and usable[0].place is target.places[0]:
                 found += usable
@@ -379,10 +381,11 @@ class Serving:
             self._reported.update(new)
 
 
-def _is_served(parameter: Tensor, name: str) -> bool:
+def _is_served(parameter: Tensor, place: Place) -> bool:
     """Whether operations can serve what a place has become."""
     try:
-        check_weight(parameter, name, dimensions=1)
+        check_sharding(parameter, place.name, place.dim)
+        check_weight(parameter, place.name, dimensions=1)
     except ValueError:
         return False
     return True

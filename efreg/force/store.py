@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from efreg.backends.reference import accumulator
+from efreg.force.shards import shard_of
 from efreg.force.targets import Place, Target
 
 Key = tuple[torch.device, torch.dtype]
@@ -37,8 +38,12 @@ class Shelf:
         return planned
 
     def entries(self, target: Target, place: Place, parameter: Tensor) -> Tensor:
-        """The coefficients of a parameter's entries, 0 for those of no unit, shaped to multiply it."""
-        units = place.all_units(parameter.shape[place.dim], self.starts[target]).to(self.coefficients.device)
+        """The coefficients of a parameter's entries, 0 for those of no unit, shaped to multiply it, or the
+        shard of it that lies here."""
+        units = place.all_units(parameter.shape[place.dim], self.starts[target])
+        if (shard := shard_of(parameter)) is not None:
+            units = units.narrow(0, shard.first, shard.length)
+        units = units.to(self.coefficients.device)
         c = torch.where(units < 0, 0, self.coefficients[units.clamp_min(0)])
         return c.view([-1 if i == place.dim else 1 for i in range(parameter.ndim)])
 

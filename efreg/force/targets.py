@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from efreg.force.shards import check_parameters, check_sharding, local
 from efreg.groups import CONVOLUTIONS, TRANSPOSED, Group, Member, tensor_of, unwrap
 
 SCOPES = ("weights", "filter")
@@ -153,6 +154,7 @@ def find_targets(model: nn.Module, layers: Layers = None, scope: str = "weights"
     cannot be served, a plan of another model, an unknown scope, and for the scope "filter" without a plan.
     """
     model = unwrap(model)
+    check_parameters(model)
     if scope not in SCOPES:
         raise ValueError(f"unknown scope {scope!r}: there are {', '.join(SCOPES)}")
     if isinstance(layers, Planned) and not isinstance(layers, nn.Module):
@@ -184,6 +186,7 @@ def _of_layers(model: nn.Module, layers: str | nn.Module | Iterable[str | nn.Mod
     for name in names:
         check_module(modules[name], name)
         weight, dim = modules[name].weight, 1 if isinstance(modules[name], TRANSPOSED) else 0
+        check_sharding(weight, f"{name}.weight", dim)
         place = Place(f"{name}.weight" if name else "weight", dim, weight, charged=True, member=None)
         found.setdefault(id(weight), Target(name, [place]))
     return list(found.values())
@@ -219,6 +222,7 @@ def _parameter(model: nn.Module, member: Member) -> nn.Parameter:
     found = tensor_of(model, member.tensor)
     if not isinstance(found, nn.Parameter):
         raise ValueError(f"{member.tensor} is a buffer, which no optimizer steps: leave its group out")
+    check_sharding(found, member.tensor, member.axis)
     return found
 
 
@@ -260,6 +264,7 @@ def check_module(module: nn.Module, name: str) -> None:
 
 def check_weight(weight: Tensor, name: str, dimensions: int = 2) -> None:
     """Raises ValueError for a weight that no operation can serve, naming it and the remedy."""
+    weight = local(weight)
     if isinstance(weight, (nn.UninitializedParameter, nn.UninitializedBuffer)):
         raise ValueError(f"{name} is lazy: run the model once on a batch before")
     if type(weight) not in (nn.Parameter, Tensor):
