@@ -359,6 +359,31 @@ def test_the_proof_is_in_full_precision(resnet, x):
     assert seen == {("ieee", "ieee", "ieee", "ieee", False)}
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_network_may_autocast_by_itself(x, cached):
+    """No run gets an earlier one's casts. Autocast leaves float64 alone: there the cut is exact."""
+
+    class Mixed(nn.Sequential):
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+                return super().forward(x)
+
+    layers = (
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 3),
+        nn.Flatten(),
+        nn.LazyLinear(2),
+    )
+    model = Mixed(*layers)
+    model(x)
+    plan = efreg.plan(lively(model), ratio=0.5, example_inputs=x)
+    assert plan.names == ("0", "3")
+    small = efreg.prune(model, plan, example_inputs=x)
+    assert_proven(model.double(), small.double(), plan.filters(model), x.double())
+
+
 def test_example_inputs_may_be_tuples_and_dicts(x):
     class TwoInputs(Net):
         def forward(self, x, scale):

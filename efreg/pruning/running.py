@@ -49,6 +49,7 @@ def forward(model: nn.Module, call: Any) -> Any:
 
     Raises ValueError naming the shapes where the model cannot take them.
     """
+    torch.clear_autocast_cache()  # a network with an autocast of its own keeps its weights' casts there
     try:
         if isinstance(call, Mapping):
             return model(**call)
