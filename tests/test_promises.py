@@ -360,17 +360,19 @@ def test_a_force_on_another_model_of_the_same_names_is_no_reason_to_warn(net, ca
 # How large a step is
 
 
-def test_a_step_larger_than_the_weights_is_said_once(net, caplog):
+@pytest.mark.parametrize("update", ["gradient", "proximal"])
+def test_a_step_larger_than_the_weights_is_said_once(net, caplog, update):
     with torch.no_grad():
         net.weight.copy_(torch.full((16, 9), 0.1))
         net.weight[3] = 0.001
-    efreg.attach(net, 1.0, law="l1", layers="", refresh=1)
+    efreg.attach(net, 1.0, law="l1", layers="", refresh=1, update=update)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     for _ in range(5):
         still(net)
         optimizer.step()
     (said,) = warnings(caplog)
     assert "unit 3 moves by lr · c = 0.01 in a step, its mean |w| is 0.001" in said
+    assert ("update='proximal'" in said) == (update == "gradient")  # no remedy that is taken already
 
 
 def test_the_papers_strength_is_too_much_for_a_vgg19_at_its_own_rate(caplog):

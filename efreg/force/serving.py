@@ -84,7 +84,7 @@ class Serving:
         self._nest = _Nest()
         self._reported: set[str] = set()
         self._patience = PATIENCE
-        self._watch = Watch() if check == "warn" else None
+        self._watch = Watch(update) if check == "warn" else None
         for device in {f.parameter.device for f in self.find()}:
             self.backend(device)
 

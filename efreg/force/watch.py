@@ -18,7 +18,10 @@ class Watch:
     On an accelerator what it finds is read when it is there; nobody waits for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, update: str) -> None:
+        self._remedies = "a softening or max_coefficient"
+        if update == "gradient":
+            self._remedies = "a softening, max_coefficient, or update='proximal'"
         self._taken = 0
         self._pending: tuple[tuple[Tensor, torch.cuda.Event | None], list[Target], int] | None = None
         self._said = False
@@ -66,9 +69,10 @@ class Watch:
             name, unit = targets[int(place) // width].name, int(place) % width
             logger.warning(
                 "the force is larger than what it pulls: in %s unit %d moves by lr · c = %.3g in a step, its "
-                "mean |w| is %.3g; take a smaller alpha, a softening, max_coefficient, or update='proximal'",
+                "mean |w| is %.3g; take a smaller alpha, %s",
                 name,
                 unit,
                 step,
                 mean,
+                self._remedies,
             )
