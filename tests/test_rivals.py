@@ -1,8 +1,6 @@
 """The other laws of method.md against their formulas, written out unit by unit; and all laws over groups."""
 
-import importlib
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +9,6 @@ from hypothesis import strategies as st
 
 import efreg
 from efreg import cli
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def charges(*magnitudes, sign=None, norm=None, size=9, state=None):
@@ -210,23 +206,6 @@ def test_the_console_lists_every_law_with_its_formula(capsys):
     for name, law in efreg.LAWS.items():
         assert f"\n{name}" in f"\n{printed}" and law.formula in printed
         assert all(f"{key}={default}" in printed for key, default in law.parameters().items())
-
-
-def test_the_example_is_a_law(monkeypatch):
-    """Ten lines, with a parameter; α · (mean / m_n)^p."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    law = importlib.import_module("own_law").Crowd(0.5, sharpness=2.0)
-    assert law.of(charges(1.0, 3.0)).tolist() == pytest.approx([0.5 * 4, 0.5 * (2 / 3) ** 2])
-    assert efreg.resolve("own_law.Crowd:sharpness=2.0", 0.5) == law
-
-
-def test_the_example_trains_from_the_console(monkeypatch, tmp_path, few_digits):
-    monkeypatch.syspath_prepend(EXAMPLES)
-    line = "train --model resnet14 --law own_law.Crowd:sharpness=2 --alpha 1e-3 --epochs 1 --batch-size 64"
-    assert cli.main([*line.split(), "--lr", "0.05", "--out", str(tmp_path)]) == 0
-    from efreg.lab import checkpoints
-
-    assert checkpoints.load(tmp_path / "checkpoint.pt").settings.law == "own_law.Crowd:sharpness=2"
 
 
 # The proximal step
