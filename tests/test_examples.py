@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:The dirpath has changed",  # Lightning's, as each of its runs has a folder
 )
 
-Cut = namedtuple("Cut", "given pruned units weights inputs optimizer")
+Cut = namedtuple("Cut", "given pruned units weights inputs optimizer stateful")
 
 
 @pytest.fixture(autouse=True)
@@ -58,14 +58,15 @@ def _accelerate_forgets():
 
 @pytest.fixture
 def cuts(monkeypatch):
-    """Every cut that is made: of what, with its units; what came of it, with its weights of that moment."""
+    """Every cut that is made: of what, with its units; what came of it, as it was at that moment."""
     made, prune = [], efreg.prune
 
     def watched(model, plan, *, example_inputs, optimizer=None):
         units = plan.filters(model)
         pruned = prune(model, plan, example_inputs=example_inputs, optimizer=optimizer)
         weights = copy.deepcopy(pruned.state_dict())
-        made.append(Cut(model, pruned, units, weights, example_inputs, optimizer))
+        stateful = optimizer is not None and all(p in optimizer.state for p in pruned.parameters())
+        made.append(Cut(model, pruned, units, weights, example_inputs, optimizer, stateful))
         return pruned
 
     monkeypatch.setattr(efreg, "prune", watched)
@@ -81,7 +82,8 @@ def speedup(cut):
 
 
 def assert_it_goes_on(cut):
-    """The optimizer steps the cut network, all of it has moved, and what is kept of weights fits."""
+    """The optimizer took its state along, steps the cut network, all of which has moved, and fits it."""
+    assert cut.stateful
     stepped = [p for group in cut.optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in stepped} == {id(p) for p in cut.pruned.parameters()}
     assert not any(torch.equal(p, cut.weights[name]) for name, p in cut.pruned.named_parameters())
@@ -89,9 +91,9 @@ def assert_it_goes_on(cut):
     assert len(kept) >= len(stepped) and all(x.shape == p.shape for p, x in kept)
 
 
-def assert_same_outputs(a, b, *inputs, **options):
+def assert_same_outputs(a, b, x):
     with torch.no_grad():
-        torch.testing.assert_close(a.eval()(*inputs), b.eval()(*inputs), **options)
+        torch.testing.assert_close(a.eval()(x), b.eval()(x))
 
 
 # All
