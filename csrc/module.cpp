@@ -1,4 +1,4 @@
-#include "force.h"
+#include "operations.h"
 
 #include <torch/csrc/utils/pybind.h>
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import efreg
-from efreg.force import stepping
+from efreg.force import steps
 
 ALPHA = 1e-12
 
@@ -598,7 +598,7 @@ def test_bad_input_is_refused_before_anything_changed():
     for error, message, model, arguments in refusals():
         with pytest.raises(error, match=message):
             efreg.attach(model, **arguments)
-        assert not stepping._subscribers, message
+        assert not steps._subscribers, message
 
 
 def test_tensor_subclasses_are_refused(net):

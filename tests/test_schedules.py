@@ -151,12 +151,12 @@ def test_a_law_of_the_users_own_keeps_its_settings():
 
 def test_numbers_that_change_are_not_kept(monkeypatch):
     """On a device each α is sent; none stays behind."""
-    from efreg.backends import sending
+    from efreg.backends import transfer
 
-    monkeypatch.setattr(sending, "_constants", {})
+    monkeypatch.setattr(transfer, "_constants", {})
     net = linear()
     trained(net, steps=50, law=efreg.L1(schedules.cosine(1.0, 60)), backend="triton")
-    assert len(sending._constants) <= 2
+    assert len(transfer._constants) <= 2
 
 
 @pytest.mark.parametrize(

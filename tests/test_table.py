@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import efreg
-from efreg.backends import sending, table
+from efreg.backends import table, transfer
 from efreg.backends.rows import Groups, Rows
 from efreg.force import batches, serving
 
@@ -16,7 +16,7 @@ class Counted:
     def __init__(self, monkeypatch):
         self.tables, self.sent = 0, 0
         monkeypatch.setattr(table, "Table", self._making(table.Table))
-        monkeypatch.setattr(sending, "send", self._sending(sending.send))
+        monkeypatch.setattr(transfer, "send", self._sending(transfer.send))
         table._tables.clear()
 
     def _making(self, make):
@@ -175,7 +175,7 @@ def test_tables_of_bare_tensors_are_few():
 def capture(monkeypatch):
     """What the library does while a CUDA graph is captured, on the CPU: a switch."""
     state = {"on": False}
-    for module in (sending, table, batches, serving):
+    for module in (transfer, table, batches, serving):
         monkeypatch.setattr(module, "capturing", lambda device: state["on"])
     return lambda on: state.update(on=on)
 
@@ -210,13 +210,13 @@ def test_what_a_graph_reads_is_its_own(net, capture):
     """What was sent in a capture arrives at the replay: eager steps send anew, and all of it is kept."""
     optimizer = force_on(net, refresh=1)
     step(net, optimizer)
-    kept = len(sending._captured)
+    kept = len(transfer._captured)
     grads = [torch.zeros_like(p) for p in net.parameters()]
     (rows,) = [batch._rows for _, batches in _batches() for batch in batches]
     capture(True)
     step(net, optimizer, grads)
     inside = table.table_of(rows)._sent_targets.last
-    assert len(sending._captured) > kept
+    assert len(transfer._captured) > kept
     capture(False)
     for grad in grads:
         grad.zero_()
@@ -230,7 +230,7 @@ def _batches():
 
 
 def test_numbers_are_sent_when_they_change():
-    sent = sending.Sent(torch.float32, torch.device("cpu"))
+    sent = transfer.Sent(torch.float32, torch.device("cpu"))
     first = sent([0.1, 0.2])
     assert sent([0.1, 0.2]) is first
     second = sent([0.1, 0.3])
@@ -240,21 +240,21 @@ def test_numbers_are_sent_when_they_change():
 def test_constants_are_made_once_and_not_in_a_capture(capture):
     cpu = torch.device("cpu")
     capture(True)
-    inside = sending.constant(0.625, torch.float32, cpu)
-    assert sending.constant(0.625, torch.float32, cpu) is not inside
+    inside = transfer.constant(0.625, torch.float32, cpu)
+    assert transfer.constant(0.625, torch.float32, cpu) is not inside
     capture(False)
-    assert sending.constant(0.625, torch.float32, cpu) is sending.constant(0.625, torch.float32, cpu)
+    assert transfer.constant(0.625, torch.float32, cpu) is transfer.constant(0.625, torch.float32, cpu)
 
 
 def test_captured_numbers_lie_in_memory_that_was_pinned_before(monkeypatch):
     """During a capture nothing is pinned; each array has its own place, for ever; too little is said."""
-    monkeypatch.setattr(sending, "_arena", [torch.zeros(256, dtype=torch.uint8)])
-    first = sending._pinned_for_ever(torch.tensor([1, 2, 3]))
-    second = sending._pinned_for_ever(torch.tensor([0.5, 0.25]))
+    monkeypatch.setattr(transfer, "_arena", [torch.zeros(256, dtype=torch.uint8)])
+    first = transfer._pinned_for_ever(torch.tensor([1, 2, 3]))
+    second = transfer._pinned_for_ever(torch.tensor([0.5, 0.25]))
     assert first.tolist() == [1, 2, 3] and second.tolist() == [0.5, 0.25]
     assert second.data_ptr() - first.data_ptr() == 64
     with pytest.raises(RuntimeError, match="take one step outside a capture"):
-        sending._pinned_for_ever(torch.zeros(100))
+        transfer._pinned_for_ever(torch.zeros(100))
 
 
 def test_a_failed_sending_is_not_taken_for_a_success(monkeypatch):
@@ -263,7 +263,7 @@ def test_a_failed_sending_is_not_taken_for_a_success(monkeypatch):
     backend, rows = efreg.backends.select("triton", torch.device("cpu")), Rows.of([weight], [0])
     backend.pull(grads[:1], rows, torch.ones(2), scale=1.0, direction="sign")
     with monkeypatch.context() as patch:
-        patch.setattr(sending, "send", lambda *_: (_ for _ in ()).throw(MemoryError))
+        patch.setattr(transfer, "send", lambda *_: (_ for _ in ()).throw(MemoryError))
         with pytest.raises(MemoryError):
             backend.pull(grads[1:], rows, torch.ones(2), scale=1.0, direction="sign")
     backend.pull(grads[1:], rows, torch.ones(2), scale=1.0, direction="sign")
@@ -304,7 +304,7 @@ def test_a_table_made_in_inference_mode_serves_training():
 def test_the_default_device_is_no_matter():
     """What is sent is made on the CPU, wherever new tensors would go."""
     with torch.device("meta"):
-        sent = sending.send([1, 2, 3], torch.int64, torch.device("cpu"))
+        sent = transfer.send([1, 2, 3], torch.int64, torch.device("cpu"))
         tiles = table._tiles([5, 1], [9, 300])
     assert sent.tolist() == [1, 2, 3]
     assert tiles.tolist() == [[0, 0], [0, 4], [1, 0]]

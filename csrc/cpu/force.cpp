@@ -1,7 +1,7 @@
 // The operations on CPU tensors. The definition of each is in efreg/backends/reference.py.
 
-#include "../force.h"
 #include "../electrostatic.h"
+#include "../operations.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>

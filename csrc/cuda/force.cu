@@ -1,7 +1,7 @@
 // The operations on CUDA tensors. The definition of each is in efreg/backends/reference.py.
 
 #include "../electrostatic.h"
-#include "force.h"
+#include "launches.h"
 
 #include <ATen/Dispatch.h>
 #include <c10/cuda/CUDAException.h>

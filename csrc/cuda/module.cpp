@@ -1,4 +1,4 @@
-#include "force.h"
+#include "launches.h"
 
 #include <torch/csrc/utils/pybind.h>
 

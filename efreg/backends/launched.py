@@ -9,8 +9,8 @@ from efreg.backends import native
 from efreg.backends.native import BackendUnavailable
 from efreg.backends.protocol import Backend, Grads, Kept, fused
 from efreg.backends.rows import Groups, Rows
-from efreg.backends.sending import capturing, keep_if_captured, on_device
 from efreg.backends.table import Table, shapes_of, table_of
+from efreg.backends.transfer import capturing, keep_if_captured, on_device
 from efreg.force.laws import DIRECTIONS, Factor, Law
 
 

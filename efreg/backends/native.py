@@ -32,12 +32,14 @@ class Extension(NamedTuple):
 
 
 CPP = Extension(
-    "cpp", (CSRC / "module.cpp", CSRC / "cpu" / "force.cpp"), (CSRC / "force.h", CSRC / "electrostatic.h")
+    "cpp",
+    (CSRC / "module.cpp", CSRC / "cpu" / "force.cpp"),
+    (CSRC / "operations.h", CSRC / "electrostatic.h"),
 )
 CUDA = Extension(
     "cuda",
     (CSRC / "cuda" / "module.cpp", CSRC / "cuda" / "force.cu"),
-    (CSRC / "cuda" / "force.h", CSRC / "electrostatic.h"),
+    (CSRC / "cuda" / "launches.h", CSRC / "electrostatic.h"),
 )
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from efreg.backends.sending import send
+from efreg.backends.transfer import send
 from efreg.force.laws import Charges, is_finite
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ from torch import Tensor
 from efreg.backends.protocol import Grads
 from efreg.backends.reference import accumulator
 from efreg.backends.rows import Groups, Rows
-from efreg.backends.sending import Sent, capturing, on_device, send
+from efreg.backends.transfer import Sent, capturing, on_device, send
 from efreg.force.laws import Factor
 
 

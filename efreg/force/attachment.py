@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efreg.force import stepping
+from efreg.force import steps
 from efreg.force.batches import Charging, times
 from efreg.force.laws import Alpha, Charges, Factor, Fade, Law, resolve
 from efreg.force.serving import Chosen, Serving, living
@@ -132,7 +132,7 @@ class Attachment:
         _warn_if_attached(self._serving)
         self._finalizer = weakref.finalize(model, self.detach)
         self._finalizer.atexit = False
-        stepping.subscribe(self._serving)
+        steps.subscribe(self._serving)
         _attached.add(self)
 
     @property
@@ -208,7 +208,7 @@ class Attachment:
     def detach(self) -> None:
         """Ends the force; the weights stay as they are. Doing it twice is doing it once."""
         there = self in _attached
-        stepping.unsubscribe(self._serving)
+        steps.unsubscribe(self._serving)
         _attached.discard(self)
         self._finalizer.detach()
         if there and self._check == "warn":

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from efreg.backends.protocol import Backend, Kept, apply
 from efreg.backends.reference import accumulator
 from efreg.backends.rows import Groups, by_device_and_dtype
-from efreg.backends.sending import capturing
+from efreg.backends.transfer import capturing
 from efreg.force.laws import Charges, Factor, Law
 from efreg.force.shards import is_sharded, local
 from efreg.force.spans import Found, Gathering, Span, rows_of

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from efreg.backends import Backend, select
 from efreg.backends.rows import by_device_and_dtype
-from efreg.backends.sending import capturing
+from efreg.backends.transfer import capturing
 from efreg.force.batches import Batch, Charging, maximizes, times
 from efreg.force.laws import Factor, Law, strength_at
 from efreg.force.shards import check_sharding
