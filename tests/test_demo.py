@@ -146,10 +146,12 @@ def test_the_picture_is_one(shown):
 def test_it_says_what_it_wrote_and_found(shown):
     out, printed, sweeps = shown
     text = " ".join(printed.split())
-    assert f"Written to {out}: demo.png, demo.csv, models/".replace(" ", "") in text.replace(" ", "")
+    assert f"Written to {out}: report.html, demo.png, demo.csv, models/".replace(" ", "") in text.replace(
+        " ", ""
+    )
     for sentence in demo.findings(sweeps, 113):
         assert sentence in text
-    assert sorted(path.name for path in out.iterdir()) == ["demo.csv", "demo.png", "models"]
+    assert sorted(path.name for path in out.iterdir()) == ["demo.csv", "demo.png", "models", "report.html"]
     assert len(list((out / "models").iterdir())) == 2 * len(NAMES)
 
 

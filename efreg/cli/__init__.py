@@ -3,21 +3,24 @@
 import argparse
 import importlib.util
 import logging
+import shlex
 import sys
 from typing import NoReturn
 
 import efreg
-from efreg.cli import lab, laws, networks
+from efreg.cli import lab, laws, networks, pages
 from efreg.cli.commands import Command
 
-LAB = ("torchvision", "sklearn", "matplotlib", "rich", "tensorboard")
+LAB = ("torchvision", "sklearn", "matplotlib", "jinja2", "rich", "tensorboard")
 
 COMMANDS = (*networks.COMMANDS, *lab.COMMANDS, *laws.COMMANDS)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. Returns 0, 2 for bad input (one line on stderr), 130 after Ctrl-C; exits on usage."""
+    argv = sys.argv[1:] if argv is None else argv
     arguments = _parser().parse_args(argv)
+    arguments.line = shlex.join(["efreg", *argv])
     command: Command = arguments.of
     if arguments.verbose:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -25,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     if missing and command.needs_lab(arguments):
         return _fail(f'{command.name} needs {", ".join(missing)}: pip install "efreg[lab]"')
     try:
+        pages.check(arguments)
         command.run(arguments)
     except KeyboardInterrupt:
         remedy = command.to_go_on(arguments)

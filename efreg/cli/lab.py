@@ -5,6 +5,7 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import fields
 from pathlib import Path
 
+from efreg.cli import pages
 from efreg.cli.commands import Command
 
 
@@ -13,7 +14,8 @@ def _demo(arguments: Namespace) -> None:
 
     from efreg.lab import demo
 
-    demo.run(arguments.out, seed=arguments.seed, epochs=arguments.epochs, console=Console())
+    given = {"seed": arguments.seed, "epochs": arguments.epochs, "command": arguments.line}
+    demo.run(arguments.out, **given, console=Console())
 
 
 def _train(arguments: Namespace) -> None:
@@ -43,6 +45,7 @@ def _sweep(arguments: Namespace) -> None:
     from efreg.lab import sweep
 
     given = {"data_folder": arguments.data, "repair": arguments.repair}
+    given |= {"html": arguments.html, "command": arguments.line}
     sweep.run(arguments.checkpoint, arguments.out, **given, console=Console())
 
 
@@ -127,6 +130,7 @@ def _sweep_options(parser: ArgumentParser) -> None:
         "--repair", type=int, default=0, metavar="N", help="repair what is cut, too, on N training images"
     )
     parser.add_argument("--out", type=Path, help="folder to write to (the checkpoint's)")
+    pages.option(parser)
 
 
 PAPER = {
@@ -180,7 +184,10 @@ COMMANDS = (
     Command(
         "sweep",
         "accuracy of a trained network at every ratio",
-        ("efreg sweep runs/c10/checkpoint.pt", "efreg sweep runs/c10/checkpoint.pt --repair 1000"),
+        (
+            "efreg sweep runs/c10/checkpoint.pt",
+            "efreg sweep runs/c10/checkpoint.pt --repair 1000 --html report.html",
+        ),
         _sweep,
         _sweep_options,
     ),

@@ -4,6 +4,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
 import efreg
+from efreg.cli import pages
 from efreg.cli.commands import Command
 from efreg.cli.models import FORMS, Subject, is_checkpoint, subject
 
@@ -20,7 +21,13 @@ PLANNING = {
 
 def _inspect(arguments: Namespace) -> None:
     given = _subject(arguments)
-    print(efreg.inspect(given.model, given.inputs, approximate=arguments.approximate))
+    found = efreg.inspect(given.model, given.inputs, approximate=arguments.approximate)
+    print(found)
+    if arguments.html:
+        from efreg.lab.logs import write_page
+
+        write_page(arguments.html, found.to_html(title=arguments.model, command=arguments.line))
+        print(f"Written to {arguments.html}")
 
 
 def _plan(arguments: Namespace) -> None:
@@ -44,7 +51,15 @@ def _prune(arguments: Namespace) -> None:
     if not given.trained:
         plan.save(out.with_name("plan.json"))
         written.append(str(out.with_name("plan.json")))
-    print(efreg.report(given.model, small, example_inputs=given.one_input))
+    report = efreg.report(given.model, small, example_inputs=given.one_input)
+    print(report)
+    if arguments.html:
+        from efreg.lab.logs import write_page
+
+        found = efreg.inspect(given.model, given.inputs, approximate=plan.approximate)
+        page = report.to_html(found, plan, title=arguments.model, command=arguments.line)
+        write_page(arguments.html, page)
+        written.append(str(arguments.html))
     print(f"Written to {', '.join(written)}")
 
 
@@ -121,6 +136,7 @@ def _model_options(parser: ArgumentParser) -> None:
 def _inspect_options(parser: ArgumentParser) -> None:
     _model_options(parser)
     _approximate_option(parser)
+    pages.option(parser)
 
 
 def _plan_options(parser: ArgumentParser) -> None:
@@ -141,6 +157,7 @@ def _prune_options(parser: ArgumentParser) -> None:
         help="safetensors file to write (pruned.safetensors, with --dead without-dead.safetensors, beside a "
         "checkpoint or here); the plan is written beside it as plan.json, but for a checkpoint",
     )
+    pages.option(parser)
 
 
 def _what_goes_options(parser: ArgumentParser) -> None:
@@ -179,7 +196,7 @@ def _report_options(parser: ArgumentParser) -> None:
 
 
 def _is_of_the_lab(arguments: Namespace) -> bool:
-    return is_checkpoint(arguments.model)
+    return is_checkpoint(arguments.model) or getattr(arguments, "html", None) is not None
 
 
 COMMANDS = (
@@ -188,7 +205,7 @@ COMMANDS = (
         "what goes together in a network, what could go, and what cannot and why",
         (
             "efreg inspect torchvision:resnet50",
-            "efreg inspect timm:efficientnet_b0 --input 3x128x128",
+            "efreg inspect timm:efficientnet_b0 --input 3x128x128 --html report.html",
             "efreg inspect package.module:function --weights weights.pt",
         ),
         _inspect,
@@ -211,7 +228,7 @@ COMMANDS = (
         "prune",
         "remove filters from a network, and prove the result",
         (
-            "efreg prune torchvision:resnet50 --weights resnet50.pt --ratio 0.5",
+            "efreg prune torchvision:resnet50 --weights resnet50.pt --ratio 0.5 --html report.html",
             "efreg prune timm:mobilenetv3_small_100 --weights trained.safetensors --plan plan.json",
             "efreg prune package.module:function --input 3x64x64 --input 10 --speedup 2",
             "efreg prune runs/c10/checkpoint.pt --ratio 0.5",

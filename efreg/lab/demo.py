@@ -16,8 +16,8 @@ import efreg
 from efreg.lab import data, engine, figures
 from efreg.lab.checkpoints import Settings
 from efreg.lab.figures import look_of
-from efreg.lab.logs import progress, write_csv
-from efreg.lab.sweep import RATIOS, Cut, accuracy_table, rows, sweep
+from efreg.lab.logs import progress, write_csv, write_page
+from efreg.lab.sweep import RATIOS, Cut, accuracy_table, page, rows, sweep
 
 START_EPOCHS = 15
 """Epochs of the network that every force starts from."""
@@ -72,8 +72,13 @@ best α here; then on all that removal takes from a filter; then a fade, which h
 Where nothing is said charges are taken once."""
 
 
-def run(out: str | Path, *, seed: int = 0, epochs: int = 60, console: Console) -> dict[str, list[Cut]]:
-    """Trains, prunes at every ratio, prints the table, and writes it, a picture and the networks to `out`."""
+def run(
+    out: str | Path, *, seed: int = 0, epochs: int = 60, command: str | None = None, console: Console
+) -> dict[str, list[Cut]]:
+    """Trains, prunes at every ratio, prints the table, and writes it, a picture, a page and the networks.
+
+    out: the folder. command: what the page says that it was made by.
+    """
     out = Path(out)
     settings = Settings(model="resnet14", lr=0.05, batch_size=64, epochs=epochs, seed=seed)
     engine.check(settings)
@@ -91,16 +96,19 @@ def run(out: str | Path, *, seed: int = 0, epochs: int = 60, console: Console) -
     ]
     write_csv(out / "demo.csv", cuts)
     _draw(out / "demo.png", sweeps, epochs)
+    best = _best(sweeps)
+    curves = {name: [(cut.ratio, cut.accuracy) for cut in found] for name, found in sweeps.items()}
+    title = f"ResNet-14 on digits, {best}"
+    write_page(out / "report.html", page(networks[best], images, curves, title, command=command))
     console.print(accuracy_table(sweeps, step_times))
     console.print("\n".join(findings(sweeps, len(images.test))), highlight=False)
-    console.print(f"Written to {out}: demo.png, demo.csv, models/", highlight=False)
+    console.print(f"Written to {out}: report.html, demo.png, demo.csv, models/", highlight=False)
     return sweeps
 
 
 def findings(sweeps: Mapping[str, Sequence[Cut]], test_images: int) -> list[str]:
     """What the table says: the best force at 50 %, and for each where L1 on the same numbers does better."""
-    at_half = {name: cut.accuracy for name, cuts in sweeps.items() for cut in cuts if cut.ratio == 0.5}
-    best = max(at_half, key=at_half.__getitem__)
+    at_half, best = _at_half(sweeps), _best(sweeps)
     others = ", ".join(f"{at_half[name]:.1f} % with {name}" for name in (L1, NO_FORCE) if name != best)
     sentences = [
         f"Half of the filters gone: {at_half[best]:.1f} % with {best}, {others}. "
@@ -112,6 +120,16 @@ def findings(sweeps: Mapping[str, Sequence[Cut]], test_images: int) -> list[str]
             if name != NO_FORCE and (lost := _lost(sweeps[name], sweeps[rival], figure)):
                 sentences.append(f"{rival} does better than {name} at {', '.join(lost)}, {when}.")
     return sentences
+
+
+def _at_half(sweeps: Mapping[str, Sequence[Cut]]) -> dict[str, float]:
+    return {name: cut.accuracy for name, cuts in sweeps.items() for cut in cuts if cut.ratio == 0.5}
+
+
+def _best(sweeps: Mapping[str, Sequence[Cut]]) -> str:
+    """The force with the highest accuracy without half of the filters."""
+    at_half = _at_half(sweeps)
+    return max(at_half, key=at_half.__getitem__)
 
 
 def _lost(cuts: Sequence[Cut], others: Sequence[Cut], figure: str) -> list[str]:

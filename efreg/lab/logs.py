@@ -54,6 +54,12 @@ def write_csv(path: str | Path, rows: Iterable[dict]) -> None:
         writer.writerows(rows)
 
 
+def write_page(path: str | Path, page: str) -> None:
+    """An HTML page."""
+    with replacing(path) as file:
+        file.write(page.encode())
+
+
 def read_csv(path: str | Path, kind: type[T]) -> list[T]:
     """Rows that `write_csv` wrote, each as a dataclass of this kind; a missing column has its default.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import efreg
 from efreg.lab import checkpoints, data, engine, figures
 from efreg.lab.checkpoints import Settings
-from efreg.lab.logs import progress, write_csv
+from efreg.lab.logs import progress, write_csv, write_page
 
 RATIOS = tuple(tenth / 10 for tenth in range(10))
 """0 to 90 %."""
@@ -127,12 +127,15 @@ def run(
     *,
     data_folder: str | None = None,
     repair: int = 0,
+    html: Path | None = None,
+    command: str | None = None,
     console: Console,
 ) -> list[Cut]:
     """Sweeps a checkpoint of `efreg train` on its data set: prints a table, writes sweep.csv and sweep.png.
 
     out: a folder; None is the checkpoint's own. data_folder: where the data set lies now, if it was moved.
-    repair: on how many training images the cut networks are repaired, none with 0.
+    repair: on how many training images the cut networks are repaired, none with 0. html: a file for a page to
+    look at, none with None. command: what the page says that it was made by.
     """
     trained = checkpoints.load(checkpoint)
     settings = trained.settings
@@ -155,17 +158,52 @@ def run(
     _draw(out / "sweep.png", cuts, settings)
     console.print(accuracy_table({settings.model: cuts}))
     console.print(f"Written to {out}: sweep.csv, sweep.png", highlight=False)
+    if html:
+        curves = {name: list(zip(RATIOS, values)) for name, values in _accuracies(cuts).items()}
+        write_page(html, page(model, images, curves, settings.model, planning=planning, command=command))
+        console.print(f"Written to {html}", highlight=False)
     return cuts
+
+
+def page(
+    model: nn.Module,
+    images: data.Data,
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    title: str,
+    *,
+    planning: Planning = PAPERS,
+    command: str | None,
+) -> str:
+    """A page to look at: the curves, and of the network whole and at a ratio of one half.
+
+    curves: of each name the accuracies in percent at ratios, as pairs (ratio, accuracy).
+    """
+    example = next(images.test.batches(2))[0]
+    plan = efreg.plan(model, ratio=0.5, **planning, example_inputs=example)
+    small = efreg.prune(model, plan, example_inputs=example)
+    return efreg.report(model, small, example_inputs=example[:1]).to_html(
+        efreg.inspect(model, example),
+        plan,
+        curves=curves,
+        title=f"{title}, whole and at a ratio of 50 %",
+        command=command,
+    )
+
+
+def _accuracies(cuts: Sequence[Cut]) -> dict[str, list[float]]:
+    """What was measured at each ratio, by name."""
+    found = {
+        "right after pruning": [cut.accuracy for cut in cuts],
+        "statistics re-estimated": [cut.recalibrated for cut in cuts],
+    }
+    if not any(isnan(cut.repaired) for cut in cuts):
+        found["repaired without training"] = [cut.repaired for cut in cuts]
+    return found
 
 
 def _draw(path: Path, cuts: Sequence[Cut], settings: Settings) -> None:
     removed = [100 * cut.ratio for cut in cuts]
-    curves = [
-        figures.Curve("right after pruning", removed, [cut.accuracy for cut in cuts]),
-        figures.Curve("statistics re-estimated", removed, [cut.recalibrated for cut in cuts]),
-    ]
-    if not any(isnan(cut.repaired) for cut in cuts):
-        curves.append(figures.Curve("repaired without training", removed, [cut.repaired for cut in cuts]))
+    curves = [figures.Curve(name, removed, values) for name, values in _accuracies(cuts).items()]
     strength = f"{settings.law}, α = {settings.alpha:g}" if settings.alpha else "no force"
     force = settings.law if engine.fades(settings) else strength
     figures.draw_panels(

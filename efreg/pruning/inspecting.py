@@ -6,8 +6,9 @@ from typing import Any
 from torch import nn
 
 from efreg.groups import Group, unwrap
+from efreg.pruning.layers import Layer, layers_of
 from efreg.pruning.plans import _shortened, table
-from efreg.pruning.running import quietly
+from efreg.pruning.running import quietly, shapes
 from efreg.pruning.units import Frozen, Network
 from efreg.pruning.watching import watch
 
@@ -16,13 +17,16 @@ from efreg.pruning.watching import watch
 class Inspection:
     """The groups of a network and what is frozen, with reasons; `str` gives two tables.
 
-    unseen: parameters that took part in nothing, of which nobody knows what they read.
+    unseen: parameters that took part in nothing, of which nobody knows what they read. layers: what each
+        costs. inputs: the shapes of the example inputs.
     """
 
     network: str
     groups: tuple[Group, ...]
     frozen: tuple[Frozen, ...]
     unseen: tuple[str, ...]
+    layers: tuple[Layer, ...]
+    inputs: str
 
     def __repr__(self) -> str:
         units = sum(group.size for group in self.groups)
@@ -53,6 +57,42 @@ class Inspection:
         )
         return "\n".join(lines)
 
+    @property
+    def reasons(self) -> dict[str, list[str]]:
+        """Why something stays, and what does."""
+        found: dict[str, list[str]] = {}
+        for x in self.frozen:
+            found.setdefault(x.reason, []).append(f"{x.name} ({x.count} of {x.rows} rows)")
+        if self.unseen:
+            found["never ran, so nobody knows what they read"] = list(self.unseen)
+        return found
+
+    def to_html(self, *, title: str | None = None, command: str | None = None) -> str:
+        """A page to look at, one file that needs no network: widths, each layer's share, what stays and why.
+
+        title: the heading, the network's class where there is none. command: what made the page.
+
+        Raises ImportError without matplotlib or Jinja, which the extra `lab` brings.
+        """
+        from efreg.pruning.page import Page
+
+        units = sum(group.size for group in self.groups)
+        return Page(
+            title=title or self.network,
+            table=[
+                ("", "whole"),
+                ("MACs", f"{sum(layer.macs for layer in self.layers):,}"),
+                ("parameters", f"{sum(layer.parameters for layer in self.layers):,}"),
+                ("units that can go", f"{units:,}"),
+                ("groups of units", f"{len(self.groups):,}"),
+            ],
+            note=f"MACs of a forward pass of {self.inputs}.",
+            before=self.layers,
+            groups=self.groups,
+            reasons=self.reasons,
+            command=command,
+        ).html()
+
 
 def inspect(model: nn.Module, example_inputs: Any, *, approximate: bool = False) -> Inspection:
     """All groups of a network: what could go, what is frozen, and why.
@@ -69,6 +109,12 @@ def inspect(model: nn.Module, example_inputs: Any, *, approximate: bool = False)
     model = unwrap(model)
     with quietly(model):
         network = Network(watch(model, example_inputs), approximate=approximate)
+        layers = layers_of(model, example_inputs)
     return Inspection(
-        type(model).__name__, network.groups, network.frozen, tuple(sorted(network.watched.unseen))
+        type(model).__name__,
+        network.groups,
+        network.frozen,
+        tuple(sorted(network.watched.unseen)),
+        layers,
+        shapes(example_inputs),
     )

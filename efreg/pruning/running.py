@@ -2,9 +2,9 @@
 
 import copy
 import sys
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Set
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
@@ -40,7 +40,7 @@ def calls(example_inputs: Any) -> list[Any]:
     for call in found:
         given = [x for x in tree_leaves(call) if isinstance(x, Tensor)]
         if given and not any(x.numel() for x in given):
-            raise ValueError(f"example_inputs of {_shapes(call)} hold no numbers: give a batch of one")
+            raise ValueError(f"example_inputs of {shapes(call)} hold no numbers: give a batch of one")
     return found
 
 
@@ -60,7 +60,7 @@ def forward(model: nn.Module, call: Any) -> Any:
         raise
     except Exception as error:
         raise ValueError(
-            f"{type(model).__name__} cannot take example_inputs of {_shapes(call)}{_elsewhere(model, call)}: "
+            f"{type(model).__name__} cannot take example_inputs of {shapes(call)}{_elsewhere(model, call)}: "
             f"{error or type(error).__name__}"
         ) from error
 
@@ -325,18 +325,54 @@ def fresh_inputs(call: Any, generator: torch.Generator) -> Any:
     return tree_map(drawn, call)
 
 
-def count_macs(model: nn.Module, example_inputs: Any) -> int:
-    """Multiply-accumulates of one forward pass in eval mode, of all calls together.
+@contextmanager
+def located(model: nn.Module, stack: list[str], turn: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Keeps in `stack` the names of the modules that are running, the innermost last.
+
+    turn: called before each change.
+    """
+
+    def enter(name: str) -> None:
+        turn()
+        stack.append(name)
+
+    def leave(*_) -> None:
+        turn()
+        stack.pop()
+
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                before = module.register_forward_pre_hook(lambda *_, name=name: enter(name), prepend=True)
+                after = module.register_forward_hook(leave, always_call=True)
+                hooks.callback(before.remove)
+                hooks.callback(after.remove)
+        yield
+
+
+def macs_by_module(model: nn.Module, example_inputs: Any) -> Counter[str]:
+    """Multiply-accumulates of one forward pass in eval mode, of all calls together, by the innermost module.
 
     They are half of the FLOPs that torch's FlopCounterMode counts: biases, norms and activations are free.
     Raises ValueError naming the shapes where the model cannot take the example inputs.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    with evaluation(model), in_the_open(), FlopCounterMode(display=False) as counter:
+    stack, found = [""], Counter()
+
+    def settle() -> None:
+        found[stack[-1]] += counter.get_total_flops() // 2 - found.total()
+
+    with (
+        evaluation(model),
+        in_the_open(),
+        FlopCounterMode(display=False) as counter,
+        located(model, stack, settle),
+    ):
         for call in calls(example_inputs):
             forward(model, call)
-    return counter.get_total_flops() // 2
+    settle()
+    return found
 
 
 @contextmanager
@@ -351,11 +387,12 @@ def in_the_open() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _shapes(call: Any) -> str:
+def shapes(call: Any) -> str:
+    """The shapes of a call's tensors, for a message."""
     if isinstance(call, Tensor):
         return f"shape {tuple(call.shape)} and {call.dtype}"
     if isinstance(call, Mapping):
-        return ", ".join(f"{name}: {_shapes(value)}" for name, value in call.items()) or "no arguments"
+        return ", ".join(f"{name}: {shapes(value)}" for name, value in call.items()) or "no arguments"
     if isinstance(call, (tuple, list)):
-        return ", ".join(_shapes(value) for value in call) or "no arguments"
+        return ", ".join(shapes(value) for value in call) or "no arguments"
     return f"type {type(call).__name__}"

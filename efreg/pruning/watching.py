@@ -7,8 +7,7 @@ of its output, unites those that are the same channel and freezes those that can
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +25,7 @@ from efreg.pruning.running import (
     PruningError,
     calls,
     forward,
+    located,
     tensors,
     tensors_in,
     twin,
@@ -125,7 +125,7 @@ def _ran(run: "Run", model: nn.Module, call: Any) -> "Run":
     run.start(call)
     with (
         torch.enable_grad(),
-        _located(model, run.stack),
+        located(model, run.stack),
         tracked(model),
         features_of(model) as features,
         run.given,
@@ -206,25 +206,6 @@ def _freeze_scripted(found: Watched, model: nn.Module) -> None:
                 if name.startswith(f"{path}."):
                     for axis in axes:
                         found.ids.freeze(axis, f"{path!r} is scripted or traced")
-
-
-@contextmanager
-def _located(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keeps in `stack` the names of the modules that are running, the innermost last."""
-
-    def leave(*_: object) -> None:
-        stack.pop()
-
-    with ExitStack() as hooks:
-        for name, module in model.named_modules():
-            if not isinstance(module, torch.jit.ScriptModule):
-                before = module.register_forward_pre_hook(
-                    lambda *_, name=name: stack.append(name), prepend=True
-                )
-                after = module.register_forward_hook(leave, always_call=True)
-                hooks.callback(before.remove)
-                hooks.callback(after.remove)
-        yield
 
 
 class Run(Mode):
