@@ -182,7 +182,7 @@ def contents(folder: Path, result: subprocess.CompletedProcess) -> set[str]:
 
 
 def test_wheel_carries_the_library_and_its_sources(checkout):
-    """Every module, kernel, C++ and CUDA source, the recipes, the page and py.typed; no test, bench or data."""
+    """Every module, kernel, C++ and CUDA source, recipes, page and py.typed; no test, bench or data."""
     sources = [path for link in LINKS for path in (PACKAGE / link).rglob("*")]
     kept = {
         path for path in [*PACKAGE.rglob("*.py"), *sources] if path.suffix in (".py", ".h", ".cpp", ".cu")
