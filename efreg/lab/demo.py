@@ -3,13 +3,14 @@
 import copy
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from torch import nn
 
 import efreg
@@ -97,7 +98,7 @@ def run(
     write_csv(out / "demo.csv", cuts)
     _draw(out / "demo.png", sweeps, epochs)
     best = _best(sweeps)
-    curves = {name: [(cut.ratio, cut.accuracy) for cut in found] for name, found in sweeps.items()}
+    curves = {name: [(float(cut.ratio), cut.accuracy) for cut in found] for name, found in sweeps.items()}
     title = f"ResNet-14 on digits, {best}"
     write_page(out / "report.html", page(networks[best], images, curves, title, command=command))
     console.print(accuracy_table(sweeps, step_times))
@@ -137,13 +138,15 @@ def _lost(cuts: Sequence[Cut], others: Sequence[Cut], figure: str) -> list[str]:
     return [f"{100 * a.ratio:.0f} %" for a, b in zip(cuts, others) if getattr(b, figure) > getattr(a, figure)]
 
 
-def _start(settings: Settings, images: data.Data, bar) -> nn.Module:
+def _start(settings: Settings, images: data.Data, bar: Progress) -> nn.Module:
     model = engine.build(settings, images.info.num_classes, images.info.shape)
     _train(model, Settings(**{**vars(settings), "epochs": START_EPOCHS, "lr": 0.1}), images, bar, "training")
     return model
 
 
-def _train_on(start: nn.Module, force: Contender, settings: Settings, images: data.Data, bar) -> nn.Module:
+def _train_on(
+    start: nn.Module, force: Contender, settings: Settings, images: data.Data, bar: Progress
+) -> nn.Module:
     model = copy.deepcopy(start)
     attached = _attach(model, force, images, settings.epochs * engine.steps_per_epoch(images.train, settings))
     _train(model, Settings(**{**vars(settings), "seed": settings.seed + 1}), images, bar, force.name)
@@ -152,7 +155,7 @@ def _train_on(start: nn.Module, force: Contender, settings: Settings, images: da
     return model
 
 
-def _train(model: nn.Module, settings: Settings, images: data.Data, bar, name: str) -> None:
+def _train(model: nn.Module, settings: Settings, images: data.Data, bar: Progress, name: str) -> None:
     steps = engine.steps_per_epoch(images.train, settings)
     task = bar.add_task(name, total=settings.epochs * steps, note="")
     optimizer = engine.sgd(model, settings)
@@ -171,7 +174,7 @@ def _attach(model: nn.Module, force: Contender, images: data.Data, steps: int) -
     return efreg.attach(model, layers=plan, check=None, **options)
 
 
-def _step_times(start: nn.Module, settings: Settings, images: data.Data, bar) -> dict[str, float]:
+def _step_times(start: nn.Module, settings: Settings, images: data.Data, bar: Progress) -> dict[str, float]:
     task = bar.add_task("timing training steps", total=len(CONTENDERS), note="")
     times = {}
     for force in CONTENDERS:
@@ -182,10 +185,10 @@ def _step_times(start: nn.Module, settings: Settings, images: data.Data, bar) ->
 
 def _step_time(start: nn.Module, force: Contender, settings: Settings, images: data.Data) -> float:
     """The median ratio of a training step with the force to one without, timed in turns."""
-    if force.options is None:
-        return 1.0
     models = copy.deepcopy(start), copy.deepcopy(start)
     attached = _attach(models[0], force, images, TIMED_STEPS)
+    if attached is None:
+        return 1.0
     optimizers = [engine.sgd(model, settings) for model in models]
     batch = next(images.train.batches(settings.batch_size))
     ratios = []
@@ -198,13 +201,13 @@ def _step_time(start: nn.Module, force: Contender, settings: Settings, images: d
     return statistics.median(ratios)
 
 
-def _seconds(function) -> float:
+def _seconds(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
-def _sweep(name: str, network: nn.Module, images: data.Data, bar) -> list[Cut]:
+def _sweep(name: str, network: nn.Module, images: data.Data, bar: Progress) -> list[Cut]:
     task = bar.add_task(f"pruning: {name}", total=len(RATIOS), note="")
     repair = REPAIR if name == NO_FORCE else 0
     return sweep(network, images, ratios=RATIOS, repair=repair, tick=lambda: bar.advance(task))

@@ -73,12 +73,12 @@ def sweep(
 
 def pruned(model: nn.Module, ratio: float | str, example: Tensor, planning: Planning = PAPERS) -> nn.Module:
     """The model without this share of each group; itself it stays as it was."""
-    asked = {"ratios" if isinstance(ratio, str) else "ratio": ratio}
+    asked: dict[str, Any] = {"ratios" if isinstance(ratio, str) else "ratio": ratio}
     plan = efreg.plan(model, **asked, **planning, example_inputs=example)
     return efreg.prune(model, plan, example_inputs=example)
 
 
-def rows(cuts: Iterable[Cut], **more) -> list[dict]:
+def rows(cuts: Iterable[Cut], **more: Any) -> list[dict]:
     """The cuts as rows for a CSV, `more` in front of each."""
     return [{**more, **asdict(cut)} for cut in cuts]
 
@@ -202,7 +202,7 @@ def _accuracies(cuts: Sequence[Cut]) -> dict[str, list[float]]:
 
 
 def _draw(path: Path, cuts: Sequence[Cut], settings: Settings) -> None:
-    removed = [100 * cut.ratio for cut in cuts]
+    removed = [100 * float(cut.ratio) for cut in cuts]
     curves = [figures.Curve(name, removed, values) for name, values in _accuracies(cuts).items()]
     strength = f"{settings.law}, α = {settings.alpha:g}" if settings.alpha else "no force"
     force = settings.law if engine.fades(settings) else strength

@@ -27,7 +27,7 @@ def layers_of(model: nn.Module, example_inputs: Any) -> tuple[Layer, ...]:
 
     Raises ValueError naming the shapes where the model cannot take the example inputs.
     """
-    macs, parameters = macs_by_module(model, example_inputs), Counter()
+    macs, parameters = macs_by_module(model, example_inputs), Counter[str]()
     for name, parameter in model.named_parameters():
         parameters[name.rpartition(".")[0]] += parameter.numel()
     names = [name for name, _ in model.named_modules() if macs[name] or parameters[name]]

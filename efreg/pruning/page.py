@@ -4,10 +4,13 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from efreg.groups import Group
 from efreg.pruning.layers import Layer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROWS = 6
 """Bars of one figure, which no column and no printed page breaks."""
@@ -23,7 +26,7 @@ SMALL = 0.001
 
 PALE, DARK, INK, MUTED, GRID = "#bccbdc", "#1b5e9e", "#222222", "#6b6b6b", "#e6e6e6"
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "efreg",
     "text.parse_math": False,
@@ -185,7 +188,7 @@ def _curve(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     return _svg(figure)
 
 
-def _svg(figure) -> str:
+def _svg(figure: "Figure") -> str:
     """The figure as an element of HTML."""
     from markupsafe import Markup
 

@@ -109,7 +109,7 @@ class Report:
             after=self.after.layers,
             curves=curves or {},
             command=command,
-            **(_groups(inspection, plan) if inspection else {}),
+            **({} if inspection is None or plan is None else _groups(inspection, plan)),
         ).html()
 
 
@@ -125,9 +125,10 @@ def report(before: nn.Module, after: nn.Module, *, example_inputs: Any, repeats:
     """
     models = unwrap(before), unwrap(after)
     layers = [layers_of(model, example_inputs) for model in models]
-    latencies = _latencies(models, example_inputs, repeats)
+    first, second = map(_figures, models, layers, _latencies(models, example_inputs, repeats))
     return Report(
-        *map(_figures, models, layers, latencies),
+        first,
+        second,
         type(models[0]).__name__,
         shapes(example_inputs),
         _described(device_of(models[0])),

@@ -336,7 +336,7 @@ def located(model: nn.Module, stack: list[str], turn: Callable[[], None] = lambd
         turn()
         stack.append(name)
 
-    def leave(*_) -> None:
+    def leave(*_: object) -> None:
         turn()
         stack.pop()
 
@@ -358,7 +358,7 @@ def macs_by_module(model: nn.Module, example_inputs: Any) -> Counter[str]:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    stack, found = [""], Counter()
+    stack, found = [""], Counter[str]()
 
     def settle() -> None:
         found[stack[-1]] += counter.get_total_flops() // 2 - found.total()
