@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,8 @@ def _step_time(start: nn.Module, force: Contender, settings: Settings, images: d
     ratios = []
     for _ in range(TIMED_STEPS):
         with_force, without = (
-            _seconds(lambda m=m, o=o: engine.train_step(m, o, *batch)) for m, o in zip(models, optimizers)
+            _seconds(partial(engine.train_step, model, optimizer, *batch))
+            for model, optimizer in zip(models, optimizers)
         )
         ratios.append(with_force / without)
     attached.detach()
