@@ -100,7 +100,7 @@ def run(
     _draw(out / "demo.png", sweeps, epochs)
     best = _best(sweeps)
     curves = {name: [(float(cut.ratio), cut.accuracy) for cut in found] for name, found in sweeps.items()}
-    title = f"ResNet-14 on digits, {best}"
+    title = f"ResNet-14 on digits ({best})"
     write_page(out / "report.html", page(networks[best], images, curves, title, command=command))
     console.print(accuracy_table(sweeps, step_times))
     console.print("\n".join(findings(sweeps, len(images.test))), highlight=False)
