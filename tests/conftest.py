@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import shutil
+from typing import NoReturn
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run on CPU tensors
 
@@ -19,6 +21,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 hypothesis.settings.register_profile("efreg", deadline=None)  # the first example may build the C++ operations
 hypothesis.settings.load_profile("efreg")
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CPU_BACKENDS = ["reference", "cpp", "triton"]
 
 
@@ -54,15 +57,34 @@ def _fresh_start():
         force.detach()
 
 
+def missing(name: str, reason: str) -> NoReturn:
+    """Skips a test of what is not here; fails where EFREG_REQUIRE names it."""
+    if name in os.environ.get("EFREG_REQUIRE", "").split(","):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, as the system has it."""
+    from playwright.sync_api import sync_playwright
+
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        missing("chromium", "no Chromium here to look at pages in: apt-get install chromium")
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
 @pytest.fixture(params=CPU_BACKENDS)
 def backend(request):
-    """Each backend that serves the CPU; one named in EFREG_REQUIRE must be there."""
+    """Each backend that serves the CPU."""
     try:
         return backends.select(request.param, torch.device("cpu"))
     except BackendUnavailable as error:
-        if request.param in os.environ.get("EFREG_REQUIRE", "").split(","):
-            raise
-        pytest.skip(str(error))
+        missing(request.param, str(error))
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The pages of docs/: their code runs, and a browser that opens each of them has nothing to complain of."""
 
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ import efreg
 from efreg import cli
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 PHONE = {"width": 390, "height": 844}
 
 TABLES = {"forces", "speedups", "figure2", "figure3", "no-finetuning", *(f"table{n}" for n in (3, 4, 5, 6))}
@@ -106,19 +104,10 @@ def site(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def visits(site) -> list[Visit]:
+def visits(site, browser) -> list[Visit]:
     """Every page, opened on a phone."""
-    from playwright.sync_api import sync_playwright
-
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.fail(f"no browser here, of {', '.join(BROWSERS)}: apt-get install chromium")
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
-        phone = chromium.new_context(viewport=PHONE)
-        found = [visit(phone, path.as_uri()) for path in sorted(site.rglob("*.html"))]
-        chromium.close()
-    return found
+    phone = browser.new_context(viewport=PHONE)
+    return [visit(phone, path.as_uri()) for path in sorted(site.rglob("*.html"))]
 
 
 def visit(phone, address: str) -> Visit:

@@ -3,7 +3,6 @@
 import csv
 import importlib.util
 import re
-import shutil
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from console import assert_refused
-from playwright.sync_api import sync_playwright
 from rich.console import Console
 from torch import nn
 
@@ -49,14 +47,6 @@ class Shown:
         """The name and the numbers above each bar."""
         texts = self.texts(f"#{name} svg text")
         return list(zip(texts[::2], texts[1::2], strict=True))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    chromium = shutil.which("chromium")
-    assert chromium, "pages are looked at in Chromium, which is not here: apt-get install chromium"
-    with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
 
 
 @pytest.fixture
