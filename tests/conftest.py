@@ -25,10 +25,14 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CPU_BACKENDS = ["reference", "cpp", "triton"]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _quick_interpreter():
-    """Triton's interpreter prepares a module at each call of its functions; once is enough, and 3× faster."""
-    if importlib.util.find_spec("triton") is None:
+@pytest.fixture(scope="module", autouse=True)
+def _quick_interpreter(request):
+    """Triton's interpreter prepares a module at each call of its functions; once is enough, and 3× faster.
+
+    A file of tests with INTERPRETER_AS_IT_IS does without.
+    """
+    as_it_is = getattr(request.module, "INTERPRETER_AS_IT_IS", False)
+    if as_it_is or importlib.util.find_spec("triton") is None:
         yield
         return
     from triton.runtime import interpreter
