@@ -68,16 +68,20 @@ def trained(case, shard=lambda net: None, *, first="shard", part=(0, 1)):
     if first == "attach":
         shard(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    rank, processes = part
-    for x, y in images():
-        loss = F.cross_entropy(net(x.chunk(processes)[rank]), y.chunk(processes)[rank])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    step_on(net, optimizer, images(), part)
     weights = {name: whole(tensor.detach()) for name, tensor in net.state_dict().items()}
     state = force.state_dict()
     force.detach()
     return weights, state
+
+
+def step_on(net, optimizer, batches, part):
+    rank, processes = part
+    for x, y in batches:
+        loss = F.cross_entropy(net(x.chunk(processes)[rank]), y.chunk(processes)[rank])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 def whole(tensor):
@@ -90,6 +94,48 @@ def sharded(net):
 
     fully_shard(net.narrow)
     fully_shard(net)
+
+
+def policies():
+    """Shardings with a policy: convolutions in lower precision, and parameters that are kept on the CPU."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+    def mixed(net):
+        for part in (net.stem, net.block, net.narrow):
+            fully_shard(part, mp_policy=MixedPrecisionPolicy(torch.bfloat16, output_dtype=torch.float32))
+        fully_shard(net)
+
+    return {
+        "mixed precision": mixed,
+        "offloaded": lambda net: fully_shard(net, offload_policy=CPUOffloadPolicy(pin_memory=False)),
+    }
+
+
+def restored(folder, part):
+    """Of a training that is saved after three steps and goes on in other objects, as the file has it."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    for steps in (slice(3), slice(3, 5)):
+        net, plan = network()
+        sharded(net)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        force = efreg.attach(net, layers=plan, check=None, **CASES["ladder, filter"])
+        if steps.start:
+            model_state, optimizer_state = get_state_dict(net, optimizer)
+            state = {"model": model_state, "optimizer": optimizer_state, "force": force.state_dict()}
+            dcp.load(state, checkpoint_id=f"{folder}/checkpoint")
+            set_state_dict(
+                net, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+            )
+            force.load_state_dict(state["force"])
+        step_on(net, optimizer, list(images())[steps], part)
+        if not steps.start:
+            model_state, optimizer_state = get_state_dict(net, optimizer)
+            state = {"model": model_state, "optimizer": optimizer_state, "force": force.state_dict()}
+            dcp.save(state, checkpoint_id=f"{folder}/checkpoint")
+        force.detach()
+    return {name: whole(tensor.detach()) for name, tensor in net.state_dict().items()}
 
 
 def collectives(case):
@@ -119,6 +165,8 @@ def work(rank, processes, folder):
     found["attached first"] = trained(CASES["ladder, filter"], sharded, first="attach", part=part)
     found["again"] = trained(CASES["ladder, filter"], sharded, part=part)
     found["collectives"] = collectives(LAWS["electrostatic"] | {"refresh": 2})
+    found |= {name: trained(CASES["fade"], shard, part=part) for name, shard in policies().items()}
+    found["restored"] = restored(folder, part)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -152,6 +200,24 @@ def test_shards_before_and_after_attach_give_the_same_bits_and_so_does_another_r
         for name in ("attached first", "again"):
             for key, weight in here["ladder, filter"][0].items():
                 assert torch.equal(here[name][0][key], weight)
+
+
+def test_parameters_that_are_kept_on_the_cpu(found):
+    for here in found:
+        for key, weight in trained(CASES["fade"])[0].items():
+            torch.testing.assert_close(here["offloaded"][0][key], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_in_lower_precision_the_same_units_are_exactly_zero_at_the_end_of_a_fade(found):
+    for here in found:
+        for key, weight in trained(CASES["fade"])[0].items():
+            assert torch.equal(here["mixed precision"][0][key] == 0, weight == 0)
+
+
+def test_a_training_goes_on_from_a_distributed_checkpoint_to_the_same_bits(found):
+    for here in found:
+        for key, weight in here["ladder, filter"][0].items():
+            assert torch.equal(here["restored"][key], weight)
 
 
 def test_one_collective_when_charges_are_taken_of_two_numbers_a_filter(found):
