@@ -1,1 +1,1 @@
-"""The laboratory: networks, data, a trainer that resumes, sweeps and figures, for the demo and `efreg train`."""
+"""The laboratory: networks, data, a trainer that resumes, sweeps, figures; for the demo and `efreg train`."""
