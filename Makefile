@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help test coverage bench docs cuda-check lint format
+.PHONY: help test experiments coverage bench docs cuda-check lint format
 
 CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
@@ -8,6 +8,9 @@ help:      ## list the targets
 
 test:      ## quick tests
 	pytest
+
+experiments: ## quick tests of bench/paper, the reproduction
+	pytest tests/paper
 
 coverage:  ## quick tests, and which lines of efreg/ they miss
 	pytest --cov

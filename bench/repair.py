@@ -15,11 +15,11 @@ import time
 from itertools import islice, product
 from pathlib import Path
 
+import tables
 import torch
 
 import efreg
 from efreg.lab import checkpoints, data, engine, models
-from efreg.lab.paper import markdown
 
 RESULTS = Path(__file__).parent / "results" / "repair.csv"
 WEIGHTS = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}
@@ -110,7 +110,7 @@ def table(found: list[dict]) -> str:
         ]
         seconds = max(float(row["seconds"]) for row in at.values())
         body.append([name, importance, images, *cells, f"{seconds:.0f}"])
-    return markdown.table(["network", "importance", "images", *ratios, "s at most"], body)
+    return tables.markdown(["network", "importance", "images", *ratios, "s at most"], body)
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from steps import training_step
 
 import efreg
 from efreg.lab import data, models
@@ -16,15 +16,7 @@ NETWORKS = {
 
 
 def step(model, batch):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    images, labels = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
-
-    def train():
-        optimizer.zero_grad()
-        cross_entropy(model(images), labels).backward()
-        optimizer.step()
-
-    return train
+    return training_step(model, torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,)))
 
 
 SCOPED = {"ResNet-56, batch 32": "[0, .5, .5, .5, 0]", "VGG-19, batch 16": "[1-15:.5]"}

@@ -19,7 +19,7 @@ import efreg
 from efreg import cli
 from efreg.lab import checkpoints, engine, models, training
 
-COMMANDS = ["inspect", "plan", "prune", "report", "train", "sweep", "demo", "paper", "env"]
+COMMANDS = ["inspect", "plan", "prune", "report", "train", "sweep", "demo", "env"]
 
 
 @pytest.fixture(autouse=True)
@@ -405,10 +405,8 @@ def test_a_sweep_shows_every_ratio(trained, tmp_path, capsys):
         assert len(set(picture.convert("L").tobytes())) > 50
 
 
-@pytest.mark.parametrize("told", ["--epochs-scale 0.5", "--recipes x.toml", "--recalibrated"])
-def test_forces_has_studies_of_its_own(told, capsys):
-    name, *more = told.split()
-    assert_refused(capsys, ["paper", "forces", name, *more], "forces has studies of its own", f"drop {name}")
+def test_the_paper_says_where_it_went(capsys):
+    assert_refused(capsys, ["paper", "table4", "--only", "x"], "python -m bench.paper", "checkout")
 
 
 def test_env_says_what_serves(capsys):
@@ -424,7 +422,7 @@ def test_without_the_lab_it_says_how_to_get_it(command, capsys, monkeypatch, tmp
     find = importlib.util.find_spec
     gone = ("sklearn", "tensorboard")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name in gone else find(name))
-    more = {"report": ["x.pt", "y"], "paper": ["forces"], "train": [], "demo": []}.get(command, ["x.pt"])
+    more = {"report": ["x.pt", "y"], "train": [], "demo": []}.get(command, ["x.pt"])
     assert_refused(
         capsys, [command, *more], f"{command} needs sklearn, tensorboard", 'pip install "efreg[lab]"'
     )

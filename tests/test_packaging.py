@@ -182,13 +182,13 @@ def contents(folder: Path, result: subprocess.CompletedProcess) -> set[str]:
 
 
 def test_wheel_carries_the_library_and_its_sources(checkout):
-    """Every module, kernel, C++ and CUDA source, recipes, page and py.typed; no test, bench or data."""
+    """Every module, kernel, C++ and CUDA source, page and py.typed; no test, bench or data."""
     sources = [path for link in LINKS for path in (PACKAGE / link).rglob("*")]
     kept = {
         path for path in [*PACKAGE.rglob("*.py"), *sources] if path.suffix in (".py", ".h", ".cpp", ".cu")
     }
     expected = {path.relative_to(ROOT).as_posix() for path in kept}
-    expected |= {"efreg/py.typed", "efreg/lab/paper/recipes.toml", "efreg/pruning/page.html"}
+    expected |= {"efreg/py.typed", "efreg/pruning/page.html"}
     assert {"efreg/csrc/cpu/force.cpp", "efreg/csrc/cuda/force.cu", "efreg/kernels/force.py"} <= expected
     assert contents(checkout, build(checkout, "wheel")) == expected
 

@@ -276,35 +276,3 @@ def test_torchrun_says_what_is_wrong(tmp_path):
     assert found.returncode != 0
     assert "efreg: error: 2 processes cannot share a batch of 63 evenly" in found.stderr
     assert list(tmp_path.iterdir()) == []
-
-
-RECIPES = """
-[tiny]
-title = "ResNet-14, digits"
-shown = ["table4"]
-model = "resnet14"
-dataset = "digits"
-batch_size = 256
-epochs = 1
-cuts = [0.5]
-fine_tune = { schedule = "p2", epochs = 1 }
-runs = [
-  { name = "dense" },
-  { name = "ladder", start = "dense", law = "ladder", alpha = 0.1, scope = "filter", update = "proximal" },
-]
-"""
-
-
-@pytest.mark.slow
-def test_torchrun_makes_a_table_once(tmp_path):
-    """And takes over what is there."""
-    (tmp_path / "mine.toml").write_text(RECIPES)
-    line = "paper table4 --recipes mine.toml --seeds 1 --device cpu --out paper"
-    for _ in range(2):
-        found = torchrun(tmp_path, *line.split())
-        assert found.returncode == 0, found.stderr
-        assert found.stdout.count("Written to paper: table4.md, table4.csv") == 1
-    table = (tmp_path / "paper" / "table4.md").read_text(encoding="utf-8")
-    assert table.count("digits: ladder** |") == table.count("digits: dense** |") == 1
-    left = sorted(path.suffix for path in (tmp_path / "paper" / "runs").glob("tiny*"))
-    assert left == [".csv"] * 2 + [".safetensors"] * 6

@@ -1,4 +1,4 @@
-"""The console script `efreg`: any network inspected, planned, pruned; trainings and tables; laws and env."""
+"""The console script `efreg`: any network inspected, planned, pruned; trainings; laws and env."""
 
 import argparse
 import importlib.util
@@ -14,11 +14,14 @@ from efreg.cli.commands import Command
 LAB = ("torchvision", "sklearn", "matplotlib", "jinja2", "rich", "tensorboard")
 
 COMMANDS = (*networks.COMMANDS, *lab.COMMANDS, *laws.COMMANDS)
+MOVED = "the paper's tables are made in a checkout of the repository: python -m bench.paper"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. Returns 0, 2 for bad input (one line on stderr), 130 after Ctrl-C; exits on usage."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["paper"]:
+        return _fail(MOVED)
     arguments = _parser().parse_args(argv)
     arguments.line = shlex.join(["efreg", *argv])
     command: Command = arguments.of

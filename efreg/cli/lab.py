@@ -1,4 +1,4 @@
-"""Commands of the lab: demo, train, sweep, paper; and env."""
+"""Commands of the lab: demo, train, sweep; and env."""
 
 import shlex
 from argparse import ArgumentParser, Namespace
@@ -47,25 +47,6 @@ def _sweep(arguments: Namespace) -> None:
     given = {"data_folder": arguments.data, "repair": arguments.repair}
     given |= {"html": arguments.html, "command": arguments.line}
     sweep.run(arguments.checkpoint, arguments.out, **given, console=Console())
-
-
-def _paper(arguments: Namespace) -> None:
-    from rich.console import Console
-
-    from efreg.lab.paper import forces, reproduce
-
-    given = {name: getattr(arguments, name) for name in ("only", "seeds", "device")}
-    given.update(data_folder=arguments.data, console=Console())
-    if arguments.what == "forces":
-        others = {"epochs-scale": arguments.epochs_scale != 1, "recipes": arguments.recipes}
-        others["recalibrated"] = arguments.recalibrated
-        if told := [f"--{name}" for name, given in others.items() if given]:
-            raise ValueError(f"forces has studies of its own: drop {' and '.join(told)}")
-        return forces.run(arguments.out, **given)
-    given.update(epochs_scale=arguments.epochs_scale, recalibrated=arguments.recalibrated)
-    if arguments.recipes:
-        given["recipes_file"] = arguments.recipes
-    reproduce.run(arguments.what, arguments.out, **given)
 
 
 def _env(arguments: Namespace) -> None:
@@ -133,41 +114,6 @@ def _sweep_options(parser: ArgumentParser) -> None:
     pages.option(parser)
 
 
-PAPER = {
-    "forces": "which force keeps most when filters are removed, and at what strength",
-    "speedups": "MACs and parameters at the paper's cuts, nothing trained",
-    "table3": "what a training step costs",
-    "table4": "ResNet-56 on CIFAR-10, pruned and fine-tuned",
-    "table5": "VGG-19 on CIFAR-100",
-    "table6": "ResNet-34 on ImageNet",
-    "no-finetuning": "points lost right after pruning",
-    "figure2": "accuracy right after pruning at every ratio",
-    "figure3": "norms of filters",
-}
-
-
-def _paper_options(parser: ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "what",
-        choices=PAPER,
-        metavar="WHAT",
-        help="; ".join(f"{name}: {what}" for name, what in PAPER.items()),
-    )
-    add("--data", metavar="DIR", default="data", help="folder of the data sets and weights (%(default)s)")
-    add("--only", nargs="+", default=(), metavar="NAME", help="of the studies or groups of runs these (all)")
-    add("--seeds", type=int, default=3, help="seeds of each run, at most (%(default)s)")
-    add("--epochs-scale", type=float, default=1.0, metavar="S", help="train for a share of the epochs (1)")
-    add("--recipes", type=Path, metavar="FILE", help="runs of your own, like efreg/lab/paper/recipes.toml")
-    add(
-        "--recalibrated",
-        action="store_true",
-        help="figure2: with re-estimated batch-norm statistics too, which the paper has not",
-    )
-    add("--device", default="auto", help="auto, cpu, cuda, ... (%(default)s)")
-    add("--out", type=Path, default=Path("runs/paper"), help="folder to write to (%(default)s)")
-
-
 COMMANDS = (
     Command(
         "train",
@@ -193,19 +139,6 @@ COMMANDS = (
     ),
     Command(
         "demo", "train, prune and compare on digits, in three minutes", ("efreg demo",), _demo, _demo_options
-    ),
-    Command(
-        "paper",
-        "the tables and figures, ours beside the paper's",
-        (
-            "efreg paper forces",
-            "efreg paper forces --data data --only digits cifar10 --seeds 3",
-            "efreg paper table4 --data data --epochs-scale 0.05",
-            "efreg paper figure2 --data data --only resnet20-cifar10-short",
-        ),
-        _paper,
-        _paper_options,
-        to_go_on=lambda arguments: "the same command goes on from here",
     ),
     Command(
         "env",

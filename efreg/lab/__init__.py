@@ -1,1 +1,1 @@
-"""The laboratory: networks, data, a trainer that resumes, sweeps, figures; for the demo and `efreg train`."""
+"""What `efreg demo`, `train` and `sweep` need: networks, data sets, the trainer, sweeps and figures."""

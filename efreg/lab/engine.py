@@ -100,7 +100,7 @@ class Run:
         self.optimizer = sgd(self.model, settings)
         self.nesting = nesting(self.model, self.plan, settings) if settings.nested else None
         self._replica = distributed.replicated(self.model)
-        self._remains = _Remains(self.model, self.plan, self.example)
+        self._remains = Remains(self.model, self.plan, self.example)
         if checkpoint and checkpoint.epoch:
             self.optimizer.load_state_dict(checkpoint.optimizer)
             self.force.load_state_dict(checkpoint.force)
@@ -424,7 +424,7 @@ def near_zero(force: efreg.Attachment) -> int:
     return sum(int((m <= NEAR_ZERO * m.max()).sum()) for m in magnitudes)
 
 
-class _Remains:
+class Remains:
     """What is left of a model without its dead filters, counted anew when its planned layers' change."""
 
     def __init__(self, model: nn.Module, plan: efreg.Plan, example: Tensor):

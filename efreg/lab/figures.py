@@ -152,7 +152,7 @@ def draw_trade(path: str | Path, points: Sequence[Point], title: str, subtitle: 
 
 def _style(point: Point) -> dict:
     """How a point is drawn: a cross without a force."""
-    color, size = COLORS[point.label], 90 if point.chosen else 24
+    color, size = COLORS.get(point.label, MUTED), 90 if point.chosen else 24
     if point.label == "no force":
         return {"s": size, "marker": "x", "color": color, "linewidths": 2}
     return {
@@ -166,10 +166,16 @@ def _style(point: Point) -> dict:
 
 
 def _legend(figure: Figure, points: Sequence[Point]) -> None:
-    present = [label for label in COLORS if label in {point.label for point in points}]
+    labels = {point.label for point in points}
+    present = [*(label for label in COLORS if label in labels), *sorted(labels - COLORS.keys())]
     entries = [
         Line2D(
-            [], [], color=COLORS[label], marker="x" if label == "no force" else "s", linestyle="", label=label
+            [],
+            [],
+            color=COLORS.get(label, MUTED),
+            marker="x" if label == "no force" else "s",
+            linestyle="",
+            label=label,
         )
         for label in present
     ]

@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 import efreg
-from efreg.lab import checkpoints, data, distributed, engine
+from efreg.lab import checkpoints, distributed, engine
 from efreg.lab.checkpoints import Settings
 
 Tick = Callable[[int], None]
@@ -56,15 +56,6 @@ def _fingerprint(path: Path, changed: int) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def require_weights(settings: Settings, weights: str | None, weights_from: str) -> None:
-    """Raises data.Missing where the file of first weights is not in the folder of the data."""
-    if weights and not Path(settings.data, weights).is_file():
-        raise data.Missing(
-            f"no {weights} in {settings.data}: put the public weights of {settings.model} there, from "
-            f"{weights_from}"
-        )
-
-
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """While no other command works in the folder. Raises ValueError where one does."""
@@ -76,15 +67,43 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     except Timeout as error:
         raise ValueError(
-            f"another efreg paper works in {folder}: wait for it, or name another --out"
+            f"another bench.paper works in {folder}: wait for it, or name another --out"
         ) from error
     finally:
         lock.release()
 
 
-def resume(settings: Settings, path: Path) -> engine.Run:
-    """The run as an interruption left it in `path`, or a new one. Raises ValueError for a damaged file."""
-    return engine.Run(settings, _interrupted(path))
+def keep_network(settings: Settings, path: Path, tick: Tick) -> None:
+    """Trains to the end and writes the network to `path`, a safetensors file; nothing where that is there.
+
+    After every epoch there is a checkpoint beside it, from which an interrupted run goes on. A network of the
+    same settings and seed, whatever it is called, is taken over: from this folder, or one beside it.
+    Raises engine.Diverged, and ValueError for a damaged checkpoint.
+    """
+    if not path.exists() and (same := _trained_alike(path)):
+        once(path, lambda: _copy(same, path))
+    if path.exists():
+        return tick(settings.epochs)
+    checkpoint = path.with_suffix(".pt")
+    run = engine.Run(settings, _interrupted(checkpoint))
+    tick(run.epoch)
+    for _ in run.epochs():
+        if distributed.rank() == 0:
+            checkpoints.save(run.checkpoint(), checkpoint)
+        tick(1)
+    once(path, lambda: efreg.save(run.model, path))
+    checkpoint.unlink(missing_ok=True)
+
+
+def _trained_alike(path: Path) -> Path | None:
+    """A file whose name has the same end: seed and digest."""
+    _, seed, digest = path.stem.rsplit("-", 2)
+    return next(iter(sorted(path.parent.parent.glob(f"*/*-{seed}-{digest}{path.suffix}"))), None)
+
+
+def _copy(source: Path, path: Path) -> None:
+    with checkpoints.replacing(path) as file:
+        file.write(source.read_bytes())
 
 
 def _interrupted(path: Path) -> checkpoints.Checkpoint | None:
@@ -94,44 +113,6 @@ def _interrupted(path: Path) -> checkpoints.Checkpoint | None:
         return checkpoints.load(path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: remove it, and its run begins anew") from error
-
-
-def finish(run: engine.Run, path: Path, tick: Tick) -> None:
-    """Trains to the end, writing `path` after every epoch. Raises engine.Diverged."""
-    tick(run.epoch)
-    for _ in run.epochs():
-        if distributed.rank() == 0:
-            checkpoints.save(run.checkpoint(), path)
-        tick(1)
-
-
-def keep_network(settings: Settings, path: Path, tick: Tick) -> None:
-    """Trains to the end and writes the network to `path`, a safetensors file; nothing where that is there.
-
-    A network that the same settings gave to another command is taken over from its folder beside this one.
-    Raises as `resume` and `finish` do.
-    """
-    if not path.exists() and (same := _trained_alike(path)):
-        once(path, lambda: _copy(same, path))
-    if path.exists():
-        tick(settings.epochs)
-        return
-    checkpoint = path.with_suffix(".pt")
-    run = resume(settings, checkpoint)
-    finish(run, checkpoint, tick)
-    once(path, lambda: efreg.save(run.model, path))
-    checkpoint.unlink(missing_ok=True)
-
-
-def _trained_alike(path: Path) -> Path | None:
-    """A file in a folder beside this one's whose name has the same end: seed and digest."""
-    _, seed, digest = path.stem.rsplit("-", 2)
-    return next(iter(sorted(path.parent.parent.glob(f"*/*-{seed}-{digest}{path.suffix}"))), None)
-
-
-def _copy(source: Path, path: Path) -> None:
-    with checkpoints.replacing(path) as file:
-        file.write(source.read_bytes())
 
 
 def once(path: Path, write: Callable[[], None]) -> None:

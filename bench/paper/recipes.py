@@ -1,13 +1,14 @@
 """The runs behind the paper's tables and figures, read from recipes.toml or a file of the user's own."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import efreg
 from efreg.lab import data, engine
@@ -20,14 +21,27 @@ else:
 
 OURS = Path(__file__).with_name("recipes.toml")
 FINE_TUNING = ("table4", "table5", "table6")
-WHAT = (*FINE_TUNING, "no-finetuning", "figure2", "figure3")
-"""The commands that run recipes."""
+UNTRAINED = ("speedups", "table3")
+WHAT = ("forces", *UNTRAINED, *FINE_TUNING, "no-finetuning", "figure2", "figure3")
+"""The commands."""
+
+IMAGENET = data.Info(1000, (3, 224, 224), data.IMAGENET_MEAN, data.IMAGENET_STD)
 
 SETTINGS = {f.name: f.type for f in fields(Settings) if f.name not in ("data", "device", "seed", "weights")}
 """The settings that a recipe can have; the others are said where it is run."""
 
 LISTS = ("skip", "nested")
 """Those that are lists."""
+
+GROUP = {
+    **dict.fromkeys(("title", "weights", "weights_from"), str),
+    **dict.fromkeys(("shown", "norms", "cuts", "runs"), list),
+    "repair": int,
+    "seeds": int,
+    "fine_tune": dict,
+}
+LINE = {"name": str, "start": str, "seeds": int}
+"""What a group and a run's line have beside settings."""
 
 NETWORK = ("model", "dataset")
 """The settings that are the group's alone."""
@@ -42,7 +56,7 @@ RANDOM = "random"
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run, from so many seeds at most.
+    """One run, from so many seeds at most; with 0 only others start from it.
 
     It takes the weights of the run `start` of its group, RANDOM ones, or those of its group.
     """
@@ -60,9 +74,9 @@ class Group:
 
     name: str
     title: str
-    shown: tuple[str, ...]
     recipes: tuple[Recipe, ...]
     cuts: tuple[float | str, ...]
+    shown: tuple[str, ...] = ()
     weights: str | None = None
     weights_from: str = "where they are published"
     norms: tuple[str, ...] = ()
@@ -70,24 +84,24 @@ class Group:
 
     @property
     def base(self) -> Settings:
-        """What network this is, on which images."""
-        return self.recipes[0].settings
+        """What network this is, on which images; but for the force those of the first run that is cut."""
+        return next(recipe.settings for recipe in self.recipes if recipe.seeds)
 
     def recipe(self, name: str) -> Recipe:
         """The run of this name."""
         return next(recipe for recipe in self.recipes if recipe.name == name)
 
-    def on(self, data: str, device: str) -> "Group":
-        """The same runs, with the data in this folder, on this device."""
-        return self._changed(lambda settings: replace(settings, data=data, device=device))
+    def on(self, data: str, device: str, scale: float = 1) -> "Group":
+        """The same runs with the data in this folder, on this device, in a share of the epochs.
 
-    def scaled(self, scale: float) -> "Group":
-        """The same runs in a share of the epochs, at least one where there were any."""
-        return self._changed(lambda s: replace(s, epochs=max(min(s.epochs, 1), round(scale * s.epochs))))
+        Of those it is at least one, where there were any.
+        """
 
-    def _changed(self, change: Callable[[Settings], Settings]) -> "Group":
+        def moved(s: Settings) -> Settings:
+            return replace(s, data=data, device=device, epochs=max(min(s.epochs, 1), round(scale * s.epochs)))
+
         recipes = (
-            replace(r, settings=change(r.settings), fine_tune=r.fine_tune and change(r.fine_tune))
+            replace(r, settings=moved(r.settings), fine_tune=r.fine_tune and moved(r.fine_tune))
             for r in self.recipes
         )
         return replace(self, recipes=tuple(recipes))
@@ -123,23 +137,20 @@ def _naming(name: str) -> Iterator[None]:
 
 def _group(name: str, told: dict[str, Any]) -> Group:
     told = dict(_typed(told, dict, "a group"))
-    more = {key: _typed(told.pop(key), str, key) for key in ("weights", "weights_from") if key in told}
-    more["repair"] = _typed(told.pop("repair", 0), int, "repair")
-    seeds = told.pop("seeds", Recipe.seeds)
-    title = _typed(_taken(told, "title"), str, "title")
-    lists = {key: tuple(_typed(told.pop(key, []), list, key)) for key in ("shown", "norms")}
-    cuts, lines = (_typed(_taken(told, key), list, key) for key in ("cuts", "runs"))
-    tuning = _typed(told.pop("fine_tune"), dict, "fine_tune") if "fine_tune" in told else None
-    recipes = tuple(_recipe({"seeds": seeds, **_typed(line, dict, "a run")}, told, tuning) for line in lines)
-    group = Group(name=name, title=title, recipes=recipes, cuts=tuple(cuts), **lists, **more)
+    own = _taken(told, GROUP, needed=("title", "cuts", "runs"))
+    tuning, seeds = own.pop("fine_tune", None), own.pop("seeds", Recipe.seeds)
+    lines = [one for line in own.pop("runs") for one in _strengths(dict(_typed(line, dict, "a run")))]
+    own = {key: tuple(value) if isinstance(value, list) else value for key, value in own.items()}
+    group = Group(name=name, recipes=tuple(_recipe(line, told, seeds, tuning) for line in lines), **own)
     _check(group)
     return group
 
 
-def _taken(told: dict[str, Any], key: str) -> Any:
-    if key not in told:
-        raise ValueError(f"{key} is missing")
-    return told.pop(key)
+def _taken(told: dict[str, Any], kinds: dict[str, Any], needed: tuple[str, ...]) -> dict[str, Any]:
+    """Those of the keys that are there, each of its kind; they are gone from what is told."""
+    if missing := [key for key in needed if key not in told]:
+        raise ValueError(f"{missing[0]} is missing")
+    return {key: _typed(told.pop(key), kind, key) for key, kind in kinds.items() if key in told}
 
 
 def _typed(value: Any, kind: Any, name: str) -> Any:
@@ -149,19 +160,31 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
     return value
 
 
-def _recipe(line: dict[str, Any], shared: dict[str, Any], tuning: dict[str, Any] | None) -> Recipe:
-    name = _typed(_taken(line, "name"), str, "name")
-    start = line.pop("start", None)
-    with _naming(f"run {name!r}"):
-        seeds = _typed(line.pop("seeds"), int, "seeds")
+def _strengths(line: dict[str, Any]) -> list[dict[str, Any]]:
+    """A line for each strength of its grid, which its name gets; the line itself where it has none."""
+    if "grid" not in line:
+        return [line]
+    with _naming(f"run {line.get('name')!r}"):
+        grid = [_typed(alpha, float, "grid") for alpha in _typed(line.pop("grid"), list, "grid")]
+        if not grid or "alpha" in line:
+            raise ValueError("grid has the strengths to try: some, and alpha beside it is none")
+    return [{**line, "name": f"{line.get('name')}, {alpha:g}", "alpha": alpha} for alpha in grid]
+
+
+def _recipe(
+    line: dict[str, Any], shared: dict[str, Any], seeds: int, tuning: dict[str, Any] | None
+) -> Recipe:
+    own = {"seeds": seeds, **_taken(line, LINE, needed=("name",))}
+    with _naming(f"run {own['name']!r}"):
         if foreign := [key for key in NETWORK if key in line]:
             raise ValueError(f"{foreign[0]} is the group's: make another group")
-        settings = _settings({**shared, **line})
+        told = {**shared, **line}
+        settings = _settings(told)
         if tuning is None:
-            return Recipe(name, settings, start, seeds=seeds)
-        kept = {k: v for k, v in {**shared, **line}.items() if k not in (*FORCE, *COURSE)}
+            return Recipe(settings=settings, **own)
+        kept = {key: value for key, value in told.items() if key not in (*FORCE, *COURSE)}
         with _naming("fine_tune"):
-            return Recipe(name, settings, start, _settings({**kept, **tuning}), seeds)
+            return Recipe(settings=settings, fine_tune=_settings({**kept, **tuning}), **own)
 
 
 def _settings(told: dict[str, Any]) -> Settings:
@@ -181,6 +204,7 @@ def _settings(told: dict[str, Any]) -> Settings:
 def _check(group: Group) -> None:
     """Raises ValueError for what does not fit together."""
     names = [recipe.name for recipe in group.recipes]
+    starts = {recipe.start for recipe in group.recipes}
     if not names or not group.cuts:
         raise ValueError("it needs runs and cuts")
     if twice := {name for name in names if names.count(name) > 1}:
@@ -189,23 +213,46 @@ def _check(group: Group) -> None:
         raise ValueError(f"cuts has {twice.pop()!r} twice: once is enough")
     if slashed := [name for name in (group.name, *names) if "/" in name]:
         raise ValueError(f"{slashed[0]!r} names files: take another sign than /")
+    for place, recipe in enumerate(group.recipes):
+        if recipe.start not in (None, RANDOM, *names[:place]):
+            raise ValueError(f"run {recipe.name!r} starts from {recipe.start!r}: no run above is called so")
+        if recipe.seeds < (recipe.name not in starts):
+            raise ValueError(f"run {recipe.name!r} has {recipe.seeds} seeds: it needs at least one")
+        if recipe.settings.epochs == 0 and (recipe.start == RANDOM or not (recipe.start or group.weights)):
+            raise ValueError(f"run {recipe.name!r} has no epochs: random weights are no network to cut")
     if unknown := set(group.shown) - set(WHAT):
         raise ValueError(f"shown names {unknown.pop()!r}: there are {', '.join(WHAT)}")
     if unknown := set(group.norms) - set(names):
         raise ValueError(f"norms names the run {unknown.pop()!r}, which is not there")
     if "figure3" in group.shown and not group.norms:
         raise ValueError("figure3 shows no run of it: name some as norms")
-    if "figure2" in group.shown and all(isinstance(cut, str) for cut in group.cuts):
+    strings = [cut for cut in group.cuts if isinstance(cut, str)]
+    if "figure2" in group.shown and len(strings) == len(group.cuts):
         raise ValueError("figure2 shows cuts by one share of all layers, such as 0.5: it has none")
+    if "forces" in group.shown and not group.base.held_out:
+        raise ValueError("forces chooses strengths by images that are not trained on: say held_out")
+    if "forces" in group.shown and (strings or not {0.0, 0.5} <= set(group.cuts)):
+        raise ValueError("forces shows cuts by one share of all layers, 0.0 and 0.5 among them")
     if not group.recipes[0].fine_tune and (tables := set(group.shown) & set(FINE_TUNING)):
         raise ValueError(f"{tables.pop()} shows fine-tuned networks: say fine_tune, or show it in another")
-    for place, recipe in enumerate(group.recipes):
-        if recipe.start not in (None, RANDOM, *names[:place]):
-            raise ValueError(f"run {recipe.name!r} starts from {recipe.start!r}: no run above is called so")
-        if recipe.seeds < 1:
-            raise ValueError(f"run {recipe.name!r} has {recipe.seeds} seeds: it needs at least one")
-        if recipe.settings.epochs == 0 and (recipe.start == RANDOM or not (recipe.start or group.weights)):
-            raise ValueError(f"run {recipe.name!r} has no epochs: random weights are no network to cut")
+
+
+def build(settings: Settings, weights: Mapping[str, Tensor] | None = None) -> tuple[nn.Module, Tensor]:
+    """The network, and two images as it takes them; of image folders that are not there as ImageNet's are."""
+    there = settings.dataset != "imagefolder" or Path(settings.data, "train").is_dir()
+    holds = data.info(settings.dataset, settings.data) if there else IMAGENET
+    network = engine.build(settings, holds.num_classes, holds.shape, weights)
+    return network, torch.zeros(2, *holds.shape)
+
+
+def require_data(group: Group) -> None:
+    """Raises data.Missing where the data set, or a file of weights beside it, is not there."""
+    base, files = group.base, {group.weights, *(recipe.settings.distil for recipe in group.recipes)}
+    data.load(base.dataset, base.data)
+    for file in sorted(files - {None}):
+        if not Path(base.data, file).is_file():
+            whence = f"put the public weights of {base.model} there, from {group.weights_from}"
+            raise data.Missing(f"no {file} in {base.data}: {whence}")
 
 
 def rehearse(group: Group) -> None:
@@ -214,13 +261,10 @@ def rehearse(group: Group) -> None:
     Raises ValueError, naming group and run.
     """
     with _naming(f"group {group.name}"):
-        holds = data.info(group.base.dataset, group.base.data)
         weights = load_weights(Path(group.base.data, group.weights)) if group.weights else None
-        network = engine.build(group.base, holds.num_classes, holds.shape, weights)
+        network, example = build(group.base, weights)
         for file in {recipe.settings.distil for recipe in group.recipes} - {None}:
-            taught = replace(group.base, distil=str(Path(group.base.data, file)))
-            engine.teacher(taught, holds.num_classes, holds.shape)
-        example = torch.zeros(2, *holds.shape)
+            build(group.base, load_weights(Path(group.base.data, file)))
         for cut in group.cuts:
             with _naming(f"cut {cut!r}"):
                 asked = {"ratios" if isinstance(cut, str) else "ratio": cut}

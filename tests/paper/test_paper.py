@@ -1,10 +1,13 @@
-"""`efreg paper table3 ... figure3`: the published figures are the paper's, ours are what was measured."""
+"""`bench.paper table3 ... figure3`: the published figures are the paper's, ours are what was measured."""
 
 import csv
 import io
+import itertools
+import re
 import shutil
 from dataclasses import replace
-from math import nan
+from math import isnan, nan
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,27 +15,23 @@ from PIL import Image
 from rich.console import Console
 
 import efreg
-from efreg.backends import reference
-from efreg.lab import data, engine, figures, models
-from efreg.lab.checkpoints import Settings
-from efreg.lab.paper import (
-    curves,
-    cuts,
-    forces,
-    loops,
+from bench import peers, steps
+from bench.paper import (
+    choice,
+    jobs,
+    norms,
     pictures,
-    published,
     recipes,
     reproduce,
     runs,
-    speedups,
     step_times,
-    studies,
     tables,
-    unaided,
 )
-from efreg.lab.paper.cuts import Job, Outcome
-from efreg.lab.paper.studies import scope_of
+from bench.paper.jobs import Job, Outcome
+from bench.paper.means import Mean, over_seeds, published
+from efreg.backends import reference
+from efreg.lab import data, engine, figures, models
+from efreg.lab.checkpoints import Settings
 from efreg.lab.sweep import pruned
 
 MINE = """
@@ -65,9 +64,7 @@ def run(what, out, text=MINE, **options):
     file.write_text(text)
     printed = io.StringIO()
     console = Console(file=printed, width=200)
-    given = {"seeds": 1, **options}
-    if what not in ("speedups", "table3"):
-        given["recipes_file"] = file
+    given = {"seeds": 1, "recipes": file, **options}
     reproduce.run(what, out, device="cpu", console=console, **given)
     return printed.getvalue()
 
@@ -99,10 +96,10 @@ PRINTED_DROPS = """0.26 0.23 1.00 0.90 0.33 0.23 0.15 0.35 -0.28 0.32 0.17 0.03 
 
 def test_published_drops_are_those_the_paper_prints_but_for_three():
     printed = [float(drop) for drop in PRINTED_DROPS.split()]
-    for row, drop in zip(published.TABLE4, printed, strict=True):
-        assert (row.printed_drop is None) == (round(row.base - row.pruned, 2) == drop)
-        assert row.printed_drop in (None, drop)
-    assert sum(row.printed_drop is not None for row in published.TABLE4) == 3
+    for row, drop in zip(published("table4"), printed, strict=True):
+        assert isnan(row.printed_drop) == (round(row.drop, 2) == drop)
+        assert isnan(row.printed_drop) or row.printed_drop == drop
+    assert sum(not isnan(row.printed_drop) for row in published("table4")) == 3
 
 
 @pytest.mark.parametrize(
@@ -170,7 +167,7 @@ def test_recipes_of_the_tables_are_the_papers(name, alpha, batch_size, epochs, t
     assert {(s.alpha, s.batch_size, s.epochs, s.weight_decay, s.schedule) for s in found} == {
         (alpha, batch_size, epochs, 5e-4, "p1")
     }
-    assert {(s.refresh, scope_of(s)) for s in found} == BOTH
+    assert {(s.refresh, choice.way_of(s).scope) for s in found} == BOTH
     assert "ladder:power=4" in {r.settings.law for r in group.recipes}
     assert len(group.cuts) == cuts
     tuned = {
@@ -197,7 +194,7 @@ def test_recipes_without_fine_tuning_are_the_papers(name, alphas, batch_size):
     assert {(s.batch_size, s.epochs, s.weight_decay, s.schedule) for s in found} == {
         (batch_size, 200, 0, "p1")
     }
-    assert {(s.refresh, scope_of(s)) for s in found} == BOTH
+    assert {(s.refresh, choice.way_of(s).scope) for s in found} == BOTH
     assert (1e-2, "weights", "gradient") in {
         (r.settings.alpha, r.settings.scope or "weights", r.settings.update or "gradient")
         for r in group.recipes
@@ -215,7 +212,9 @@ def test_recipes_without_fine_tuning_are_the_papers(name, alphas, batch_size):
 )
 def test_recipes_can_be_run(name):
     """Every cut can be planned, every force attached; the public weights are not looked at."""
-    recipes.rehearse(replace(recipes.read()[name], weights=None))
+    group = recipes.read()[name]
+    alone = [replace(r, settings=replace(r.settings, distil=None)) for r in group.recipes]
+    recipes.rehearse(replace(group, weights=None, recipes=tuple(alone)))
 
 
 @pytest.mark.parametrize(
@@ -243,12 +242,12 @@ def test_recipes_can_be_run(name):
         ('name = "ladder"', 'name = "dense"', "two runs are called 'dense': give each a name"),
         ('start = "dense"', 'start = "dnse"', "run 'ladder' starts from 'dnse': no run above is called so"),
         ('norms = ["dense", "ladder"]', 'norms = ["l"]', "norms names the run 'l', which is not there"),
-        ('"figure3"]', '"figure4"]', "shown names 'figure4': there are table4, "),
+        ('"figure3"]', '"figure4"]', "shown names 'figure4': there are forces, "),
         ('law = "ladder"', 'law = "lader"', "run 'ladder': unknown law 'lader'"),
         ("alpha = 0.1", "alpha = -1", "run 'ladder': alpha"),
         ("epochs = 2", "epochs = 0", "run 'dense' has no epochs: random weights are no network to cut"),
         ('schedule = "p2"', 'schedule = "p3"', "run 'dense': fine_tune: unknown schedule 'p3'"),
-        ("lr = 0.05", "lr = 0.05\nseeds = 1.5", "run 'dense': seeds is 1.5, which is no int"),
+        ("lr = 0.05", "lr = 0.05\nseeds = 1.5", "group tiny: seeds is 1.5, which is no int"),
         ('start = "dense",', "seeds = 0,", "run 'ladder' has 0 seeds: it needs at least one"),
         ("[tiny]", "[tiny", "is no TOML"),
     ],
@@ -301,9 +300,9 @@ def test_the_table_has_published_and_ours_by_speedup(reproduced):
     text = (out / "table4.md").read_text(encoding="utf-8")
     assert text in printed
     lines = rows(out / "table4.csv")
-    assert len(lines) == len(published.TABLE4) + 2 * 3
-    speedups = [round(float(line["speedup"]), 2) for line in lines]
-    assert speedups == sorted(speedups)
+    assert len(lines) == len(published("table4")) + 2 * 3
+    speedups = [float(cell) for cell in re.findall(r"\| (\d+\.\d\d)× \|", text)]
+    assert speedups == sorted(speedups) and len(speedups) == len(lines)
     assert "| electrostatic (p) | 94.05 | 93.57 | 0.48 | 2.73× |" in text
     assert "| WHC | 93.59 | 93.74 | -0.15[1] | 2.11× |" in text and "[1] The paper prints 0.15." in text
     ours = [line for line in lines if line["source"] == "ours"]
@@ -317,10 +316,13 @@ def outcome(run="x", seed=0, ratio="0.5", before=90.0, accuracy=60.0, fine_tuned
     )
 
 
-def table4(*outcomes, title="ResNet-56, CIFAR-10"):
-    """Our lines, as Markdown."""
-    lines = [line for line in tables.lines("table4", {"g": title}, outcomes) if line.source == "ours"]
-    return tables.table("", lines)
+def table4(*outcomes):
+    ours = over_seeds(outcomes, {"g": "ResNet-56, CIFAR-10"}, "fine_tuned")
+    return tables.fine_tuned("", [*published("table4"), *ours])
+
+
+def lost(*outcomes, title="net"):
+    return tables.lost("", [*published("no-finetuning"), *over_seeds(outcomes, {"g": title})])
 
 
 def test_a_line_of_ours_is_a_mean_over_seeds():
@@ -343,10 +345,7 @@ def test_a_run_that_diverged_is_said_to_have():
     assert "| **x** | diverged | diverged | diverged |  | diverged | 0 (1 diverged) |" in table4(
         outcome(**LOST)
     )
-    lines = unaided.lines({"g": "net"}, [outcome(**LOST)])
-    assert "| **x** | diverged |" in unaided.table("", lines) and "| 0 (1 diverged) |" in unaided.table(
-        "", lines
-    )
+    assert "| **x** | diverged | 0 (1 diverged) |" in lost(outcome(**LOST))
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -356,7 +355,7 @@ def test_seeds_that_diverged_are_not_in_the_mean(first):
     found = [outcome(**LOST), *kept] if first else [*kept, outcome(**LOST)]
     expected = "| **x** | 92.00 | 89.00 ± 1.41 | 3.00 | 2.00× | 60.00 | 2 (1 diverged) |"
     assert expected in table4(*found)
-    text = unaided.table("", unaided.lines({"g": "net"}, found))
+    text = lost(*found)
     assert "| **x** | 92.00 | 32.00 ± 1.41 | 2 (1 diverged) |" in text
 
 
@@ -368,14 +367,14 @@ def test_fine_tuning_that_diverged_leaves_what_was_before():
 def test_points_lost_stand_under_their_speedup():
     found = [outcome(seed=seed, ratio="0.7", macs=28, accuracy=80.0 + 2 * seed) for seed in (0, 1)]
     found += [outcome(seed=seed, ratio="0.8", macs=19, accuracy=60.0 + 4 * seed) for seed in (0, 1)]
-    text = unaided.table("", unaided.lines({"g": "ResNet-56, CIFAR-10"}, found))
+    text = lost(*found, title="ResNet-56, CIFAR-10")
     head = next(line for line in text.splitlines() if line.startswith("| method | before % | 2.12×"))
     ours = next(line for line in text.splitlines() if line.startswith("| **x**"))
     paper = next(line for line in text.splitlines() if line.startswith("| the paper: electrostatic, 1e-12"))
     cells = [[cell.strip() for cell in line.split("|")] for line in (head, ours, paper)]
-    lost = {speedup: (a, b) for speedup, a, b in zip(*cells, strict=True)}
-    assert lost["3.57×"] == ("9.00 ± 1.41", "8.48 (3.59×)")
-    assert lost["5.26×"] == ("28.00 ± 2.83", "27.73 (5.25×)")
+    shown = {speedup: (a, b) for speedup, a, b in zip(*cells, strict=True)}
+    assert shown["3.57×"] == ("9.00 ± 1.41", "8.48 (3.59×)")
+    assert shown["5.26×"] == ("28.00 ± 2.83", "27.73 (5.25×)")
 
 
 def test_the_pictures(reproduced):
@@ -391,6 +390,7 @@ CALLED = {
     "ladder p = 4 sparing": "ladder, sparing",
     "ladder p = 4": "ladder, p = 4",
     "ladder": "ladder",
+    "group lasso": "group lasso",
     "L1": "L1",
     "electrostatic, once": "electrostatic, once",
     "electrostatic, each step": "electrostatic, each step",
@@ -405,11 +405,12 @@ CALLED = {
 @pytest.mark.parametrize("group", recipes.read().values(), ids=lambda group: group.name)
 def test_a_line_shows_force_and_scope_that_its_run_is_named_after(group):
     looks = pictures.looks_of(group)
-    assert len(set(looks.values())) == len(looks) == len(group.recipes)
+    if "figure2" in group.shown:
+        assert len(set(looks.values())) == len(looks) == len(group.recipes)
     for name, look in looks.items():
         force = next((CALLED[start] for start in CALLED if name.startswith(start)), "no force")
         assert look.color == figures.COLORS[force]
-        whole = ", filter" in name or name.startswith("fade")
+        whole = ", filter" in name or name.startswith("fade") or group.base.scope == "filter"
         assert look.marker == figures.MARKERS["filter" if whole else "weights"]
 
 
@@ -476,10 +477,10 @@ def test_a_picture_says_how_many_seeds(seeds, said, tmp_path, monkeypatch):
     monkeypatch.setattr(figures.Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
     group = recipes.read()["resnet20-cifar10-short"]
     made = [
-        curves.Point(group.name, "R", recipe.name, "0.5", 2.0, 70, nan, 70, nan, n, 0, "3", "cpu")
+        Mean(group.name, "R", recipe.name, "0.5", 2.0, accuracy=70, n=n)
         for recipe, n in zip(group.recipes, seeds, strict=False)
     ]
-    pictures.accuracies(tmp_path / "x", "heading", group, made, ["accuracy"])
+    pictures.accuracies(tmp_path / "x", "heading", group, made, False)
     assert f"ResNet-20, CIFAR-10, whole test set: 5 epochs with each force, {said}" in {
         text.get_text() for text in drawn[0].texts
     }
@@ -488,13 +489,26 @@ def test_a_picture_says_how_many_seeds(seeds, said, tmp_path, monkeypatch):
 def test_figure_2_in_a_table():
     """A row a run and a column a ratio, the two accuracies apart, groups of one network together."""
     made = [
-        curves.Point(group, "R", run, ratio, s, 10 * s, nan, 20 * s, 1.0, 2, d, "3", "cpu")
+        Mean(
+            group,
+            "R",
+            run,
+            ratio,
+            s,
+            accuracy=10 * s,
+            recalibrated=20 * s,
+            recalibrated_deviation=1.0,
+            n=2,
+            diverged=d,
+            epochs="3",
+            on="cpu",
+        )
         for group, run, d in (("short", "L1", 0), ("long", "ladder", 1))
         for ratio, s in (("0.0", 1.0), ("0.5", 2.0))
     ]
-    text = curves.table("Figure", made, curves.SHOWN)
+    text = tables.by_ratio("Figure", made, True)
     assert "repaired" not in text
-    assert "repaired without training" in curves.table("", [replace(made[0], repaired=50.0)], curves.SHOWN)
+    assert "repaired without training" in tables.by_ratio("", [replace(made[0], repaired=50.0)], False)
     after, again = text.split("batch-norm statistics re-estimated")
     assert "| run | 0.0 | 0.5 | n | epochs | on |" in after
     assert "| L1 | 10.00 | 20.00 | 2 | 3 | cpu |" in after
@@ -504,13 +518,13 @@ def test_figure_2_in_a_table():
 
 
 def test_a_layer_that_is_all_dead_has_norms_of_zero():
-    assert pictures._sorted_norms(torch.zeros(3, 2, 1, 1)) == [0, 0, 0]
+    assert norms.sorted_norms(torch.zeros(3, 2, 1, 1)) == [0, 0, 0]
 
 
 def test_figure_3_in_a_table():
     shares = (1, 0.5, 0.09, 0.01, 0)
-    norms = [pictures.Norm("g", "L1", "conv", place, n, "2", "cpu") for place, n in enumerate(shares)]
-    text = pictures.norms_table("Figure", {"g": "R"}, norms)
+    found = [norms.Norm("g", "L1", "conv", place, n, "2", "cpu") for place, n in enumerate(shares)]
+    text = norms.table("Figure", {"g": "R"}, found)
     assert "| R | L1 | conv | 5 | 1 | 3 | 3 | 2 | cpu |" in text
     assert "| network | run | layer | filters | below 1 % | below 10 % | below 50 % | epochs | on |" in text
 
@@ -519,10 +533,12 @@ def test_figure_3_shows_sorted_norms(reproduced):
     out, _ = reproduced
     found = rows(out / "figure3.csv")
     group = recipes.read(out / "recipes.toml")["tiny"].on("data", "cpu")
-    network = cuts.train(Job(group, group.recipe("ladder"), 0, out / "runs"), lambda _: None)
-    norms = network.layer1[1].conv1.weight.detach().double().abs().sum((1, 2, 3)).sort(descending=True).values
+    network = jobs.train(Job(group, group.recipe("ladder"), 0, out / "runs"), lambda _: None)
+    expected = (
+        network.layer1[1].conv1.weight.detach().double().abs().sum((1, 2, 3)).sort(descending=True).values
+    )
     ours = [float(r["norm"]) for r in found if (r["run"], r["layer"]) == ("ladder", "layer1.1.conv1")]
-    torch.testing.assert_close(torch.tensor(ours).double(), norms / norms[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.tensor(ours).double(), expected / expected[0], rtol=1e-6, atol=0)
     assert {r["layer"] for r in found} == {"layer1.0.conv1", "layer1.1.conv1"}
 
 
@@ -542,28 +558,6 @@ def test_networks_are_kept_for_other_cuts(reproduced, tmp_path, monkeypatch):
     text = MINE.replace("cuts = [0.0, 0.5,", "cuts = [0.0, 0.25,").replace('"table4", ', "")
     run("figure2", tmp_path, text=text.replace('fine_tune = { schedule = "p2", epochs = 1 }', ""), seeds=2)
     assert {r["ratio"] for r in rows(tmp_path / "figure2.csv")} == {"0.0", "0.25", "[0, 0.6, 0.5, 0.25, 0]"}
-
-
-@pytest.mark.slow
-def test_networks_of_the_forces_are_taken_over(tmp_path, monkeypatch):
-    """What `efreg paper forces` trained with a run's settings: not trained again, to the same bits."""
-    study = studies.Study(
-        "tiny",
-        Settings(dataset="digits", model="resnet14", epochs=2, lr=0.05, batch_size=64, held_out=40),
-        (studies.Candidate(studies.Way(studies.LADDER, "filter", "proximal"), 0.1),),
-    )
-    monkeypatch.setitem(studies.STUDIES, "tiny", study)
-    monkeypatch.setattr(forces, "LATENCY_REPEATS", {1: 1})
-    forces.run(tmp_path, only=["tiny"], seeds=1, device="cpu", console=Console(file=io.StringIO()))
-    monkeypatch.setattr(engine, "train_epoch", lambda *_: pytest.fail("trained again"))
-    text = MINE.replace("epochs = 2", "epochs = 2\nheld_out = 40").replace('"table4", ', "")
-    text = text.replace('fine_tune = { schedule = "p2", epochs = 1 }', "").replace(', start = "dense"', "")
-    text = text.replace('  { name = "dense" },\n', "").replace('"dense", ', "")
-    run("figure2", tmp_path, text=text)
-    (there,), (taken,) = ((tmp_path / folder).glob("*.safetensors") for folder in ("tiny", "runs"))
-    assert there.read_bytes() == taken.read_bytes()
-    study, figure = rows(tmp_path / "forces-tiny.csv"), rows(tmp_path / "figure2.csv")
-    assert len({row["accuracy"] for row in (*study, *figure) if row["ratio"] == "0.5"}) == 1
 
 
 @pytest.mark.parametrize(
@@ -623,24 +617,26 @@ TWO = MINE + MINE.replace("[tiny]", "[other]").replace('dataset = "digits"', 'da
 
 def test_groups_without_data_are_left_out(reproduced, tmp_path):
     shutil.copytree(reproduced[0] / "runs", tmp_path / "runs")
-    printed = run("figure2", tmp_path, text=TWO, data_folder="nowhere")
+    printed = run("figure2", tmp_path, text=TWO, data="nowhere")
     assert "other is left out: no cifar10 in nowhere" in printed
     assert {r["group"] for r in rows(tmp_path / "figure2.csv")} == {"tiny"}
 
 
 def test_a_group_that_is_named_must_have_data(tmp_path):
     with pytest.raises(FileNotFoundError, match="no cifar10 in nowhere"):
-        run("table4", tmp_path, text=TWO, data_folder="nowhere", only=["other"])
+        run("table4", tmp_path, text=TWO, data="nowhere", only=["other"])
     weights = MINE.replace("lr = 0.05", 'lr = 0.05\nweights = "w.th"\nweights_from = "there"')
-    with pytest.raises(FileNotFoundError, match="no w.th in data: put the public weights of resnet14"):
-        run("table4", tmp_path, text=weights)
+    taught = MINE.replace("lr = 0.05", 'lr = 0.05\ndistil = "w.th"\nweights_from = "there"')
+    for text in (weights, taught):
+        with pytest.raises(FileNotFoundError, match="no w.th in data: put the public weights of resnet14"):
+            run("table4", tmp_path, text=text)
 
 
 def test_without_any_data_nothing_is_written(tmp_path):
     """What was there stays."""
     text = MINE.replace('dataset = "digits"', 'dataset = "cifar10"')
     with pytest.raises(FileNotFoundError, match="no cifar10 in nowhere"):
-        run("table4", tmp_path, text=text, data_folder="nowhere")
+        run("table4", tmp_path, text=text, data="nowhere")
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["recipes.toml"]
 
 
@@ -648,7 +644,7 @@ def test_half_a_data_set_is_not_left_out(tmp_path):
     (tmp_path / "cifar-10-batches-py").mkdir()
     (tmp_path / "cifar-10-batches-py" / "data_batch_1").touch()
     with pytest.raises(FileNotFoundError, match="is incomplete, cifar-10-batches-py/data_batch_2"):
-        run("figure2", tmp_path, text=TWO, data_folder=str(tmp_path))
+        run("figure2", tmp_path, text=TWO, data=str(tmp_path))
 
 
 @pytest.mark.slow
@@ -701,7 +697,7 @@ def test_what_cannot_be_run_is_said_before_training(change, message, tmp_path, m
 
 
 def test_two_commands_do_not_share_a_folder(tmp_path):
-    with runs.alone(tmp_path / "runs"), pytest.raises(ValueError, match="another efreg paper works in"):
+    with runs.alone(tmp_path / "runs"), pytest.raises(ValueError, match="another bench.paper works in"):
         run("table4", tmp_path)
 
 
@@ -739,21 +735,20 @@ def test_zero_epochs_take_the_first_weights(tmp_path, reproduced):
     text = text.replace(', scope = "filter", update = "proximal"', "")
     run("figure3", tmp_path, text=text)
     group = recipes.read(tmp_path / "recipes.toml")["tiny"].on("data", "cpu")
-    first, same = (cuts.train(Job(group, r, 0, tmp_path / "runs"), lambda _: None) for r in group.recipes)
+    first, same = (jobs.train(Job(group, r, 0, tmp_path / "runs"), lambda _: None) for r in group.recipes)
     for a, b in zip(first.state_dict().values(), same.state_dict().values(), strict=True):
         assert torch.equal(a, b)
 
 
 def test_speedups_stand_beside_the_published(tmp_path):
-    run("speedups", tmp_path, only=["resnet56-mnist"])
+    run("speedups", tmp_path, only=["resnet56-mnist"], recipes=recipes.OURS)
     whole, *cut = rows(tmp_path / "speedups.csv")
     assert [f"{float(row['speedup']):.3f}" for row in (whole, *cut)] == ["1.000", "5.306", "11.873"]
     assert [int(whole["macs"]) / int(row["macs"]) for row in cut] == [float(row["speedup"]) for row in cut]
     text = (tmp_path / "speedups.md").read_text(encoding="utf-8")
     assert "| ResNet-56, MNIST | 0.9 | 10,543,744 | 81,214 | 11.873× | 11.87× |" in text
-    assert speedups.NETWORKS.keys() == {"resnet34-imagenet", *step_times.NETWORKS, "vgg19-cifar100"}
-    assert {network.title for network in speedups.NETWORKS.values()} == published.SPEEDUPS.keys()
-    assert speedups.NETWORKS["resnet34-imagenet"].skip == recipes.read()["table6"].base.skip
+    shown = [group for group in recipes.read().values() if "speedups" in group.shown]
+    assert {group.title for group in shown} == {cut.network for cut in published("speedups")}
     with pytest.raises(ValueError, match="speedups trains nothing: drop --epochs-scale"):
         run("speedups", tmp_path, epochs_scale=0.5)
 
@@ -764,33 +759,34 @@ def test_step_times_are_paired(monkeypatch, tmp_path):
     The forces pull the 6 layers that a plan prunes.
     """
     pulled = []
-    for name in ("paper_loop", "l1_autograd"):
-        monkeypatch.setattr(loops, name, lambda weights: pulled.append(len(weights)))
-    small = step_times.Network("ResNet-56, CIFAR-10", lambda: models.resnet14(), 3, 2)
-    monkeypatch.setattr(step_times, "NETWORKS", {"small": small})
-    taken = iter(range(10**6))
-    monkeypatch.setattr(step_times, "_seconds", lambda step, device: (step(), 1.0 + next(taken) % 6)[1])
-    monkeypatch.setattr(reproduce, "TIMED_STEPS", 4)
-    run("table3", tmp_path)
+    for name in step_times.LOOPS:
+        monkeypatch.setitem(step_times.LOOPS, name, lambda weights: pulled.append(len(weights)))
+    ticks = itertools.chain.from_iterable((0.0, 1.0 + place % 6) for place in itertools.count())
+    monkeypatch.setattr(steps, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    monkeypatch.setattr(step_times, "STEPS", 4)
+    text = MINE.replace('title = "ResNet-14, digits"', 'title = "ResNet-56, CIFAR-10"')
+    text = text.replace('"figure3"]', '"figure3", "table3"]').replace("batch_size = 64", "batch_size = 2")
+    run("table3", tmp_path, text=text)
     found = rows(tmp_path / "table3.csv")
     assert [float(r["ratio"]) for r in found] == [1, 2, 3, 4, 5, 6]
     assert set(pulled) == {6}
-    text = (tmp_path / "table3.md").read_text(encoding="utf-8")
-    assert "| ResNet-56, CIFAR-10 | electrostatic, the paper's loop | 4.91 | ×4.68 | 3000 | ×3.000 |" in text
+    printed = (tmp_path / "table3.md").read_text(encoding="utf-8")
+    line = "| ResNet-56, CIFAR-10 | electrostatic, the paper's loop | 4.91 | ×4.68 | 3000 | ×3.000 |"
+    assert line in printed
     assert [r["paper_hours"] for r in found] == ["1.05", "3.05", "4.91", "nan", "nan", "nan"]
     with pytest.raises(ValueError, match="table3 trains nothing: drop --epochs-scale"):
         run("table3", tmp_path, epochs_scale=0.5)
-    with pytest.raises(ValueError, match="table3 has no network 'x': there are small"):
-        run("table3", tmp_path, only=["x"])
+    with pytest.raises(ValueError, match="table3 has no group 'x': there are tiny"):
+        run("table3", tmp_path, text=text, only=["x"])
 
 
 def test_the_papers_loop_pulls_as_the_library_does():
     """The gradients of both, in float64."""
     torch.manual_seed(0)
     model = torch.nn.Conv2d(3, 5, 3).double()
-    loops.paper_loop([model.weight])
+    peers.paper_loop([model.weight])
     magnitude, balance, _ = reference.measure(model.weight.detach())
     pulled = torch.zeros_like(model.weight)
-    coefficients = loops.LAW.coefficients(efreg.Charges(magnitude, balance.sign(), 27))
+    coefficients = peers.LAW.coefficients(efreg.Charges(magnitude, balance.sign(), 27))
     reference.pull(pulled, model.weight.detach(), coefficients)
     torch.testing.assert_close(model.weight.grad, pulled, rtol=1e-9, atol=0)

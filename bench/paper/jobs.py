@@ -1,19 +1,20 @@
 """A recipe's network, cut in every way that its group names: trained, pruned, fine-tuned where it says so."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import nan
+from functools import partial
+from math import isnan, nan
 from pathlib import Path
 
 import torch
 from torch import nn
 
 import efreg
-from efreg.lab import checkpoints, data, distributed, engine
-from efreg.lab.checkpoints import Settings
+from bench.paper import runs
+from bench.paper.recipes import RANDOM, Group, Recipe, build
+from efreg.lab import data, distributed, engine
+from efreg.lab.checkpoints import Settings, load_weights
 from efreg.lab.logs import read_csv, write_csv
-from efreg.lab.paper import runs
-from efreg.lab.paper.recipes import RANDOM, Group, Recipe
 from efreg.lab.sweep import Cut, pruned, re_estimate, sweep
 
 Say = Callable[[str], None]
@@ -22,13 +23,14 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """A network cut once. Accuracies are in percent, on the test images; NaN where the training diverged.
+    """A row: a network cut once. Accuracies are in percent, on the test images; NaN where training diverged.
 
     ratio: the share of filters removed, or a list. before: accuracy of the whole network. accuracy,
     recalibrated: right after pruning, and with re-estimated batch-norm statistics; fine_tuned: after training
-    on; repaired: after a repair without training, NaN where the group has none. macs_before, macs: of an
-    image. epochs: of each training on the way, such as "200 + 200 + 120". on: what computed, in which
-    precision.
+    on; repaired: after a repair without training; held_out: as accuracy, on training images that were held
+    out; these three are NaN where there is no such thing. macs_before, macs: of an image. epochs: of each
+    training on the way, such as "200 + 200 + 120". on: what computed, in which precision. dead, macs_alive:
+    the dead filters of the whole network, and its MACs without them; 0 in rows from before they were counted.
     """
 
     group: str
@@ -44,6 +46,14 @@ class Outcome:
     epochs: str
     on: str
     repaired: float = nan
+    held_out: float = nan
+    dead: int = 0
+    macs_alive: int = 0
+
+    @property
+    def lost(self) -> float:
+        """Points of accuracy, right after pruning."""
+        return self.before - self.accuracy
 
     @property
     def speedup(self) -> float:
@@ -106,17 +116,17 @@ class Job:
     @property
     def course(self) -> str:
         """The epochs of each training that a cut network went through, such as "200 + 200 + 120"."""
-        return " + ".join(map(str, self._trainings()))
+        tuned = [self.recipe.fine_tune.epochs] if self.recipe.fine_tune else []
+        return " + ".join(map(str, [*self._trained, *tuned]))
 
     @property
     def on(self) -> str:
         """What computes, in which precision."""
         return f"{str(_dtype(self.settings)).removeprefix('torch.')}, {_where(_device(self.settings))}"
 
-    def _trainings(self) -> list[int]:
-        first = replace(self.start, recipe=replace(self.start.recipe, fine_tune=None)) if self.start else None
-        after = [self.recipe.fine_tune.epochs] if self.recipe.fine_tune else []
-        return [*(first._trainings() if first else ()), self.recipe.settings.epochs, *after]
+    @property
+    def _trained(self) -> list[int]:
+        return [*(self.start._trained if self.start else ()), self.recipe.settings.epochs]
 
     def _file(self, suffix: str, *more) -> Path:
         files = [None if self.start else self.settings.weights, self.settings.distil]
@@ -135,19 +145,13 @@ def train(job: Job, tick: runs.Tick) -> nn.Module:
     if job.settings.epochs:
         runs.keep_network(job.settings, job.network, tick)
     else:
-        runs.once(job.network, lambda: efreg.save(_first_network(job.settings), job.network))
+        first = load_weights(job.settings.weights)
+        runs.once(job.network, lambda: efreg.save(build(job.settings, first)[0], job.network))
     return _read(job.settings, job.network)
 
 
-def _first_network(settings: Settings) -> nn.Module:
-    holds = data.info(settings.dataset, settings.data)
-    weights = checkpoints.load_weights(settings.weights)
-    return engine.build(settings, holds.num_classes, holds.shape, weights)
-
-
 def _read(settings: Settings, path: Path) -> nn.Module:
-    holds = data.info(settings.dataset, settings.data)
-    model = efreg.load(engine.build(settings, holds.num_classes, holds.shape), path)
+    model = efreg.load(build(settings)[0], path)
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     return model.to(engine.device_named(settings.device), memory_format=layout).eval()
 
@@ -165,59 +169,71 @@ def measure(job: Job, say: Say, tick: runs.Tick) -> list[Outcome]:
     return outcomes
 
 
+def take_over(jobs: Iterable[Job], rows: Sequence[Outcome]) -> None:
+    """Gives the jobs without outcomes those of the rows that are theirs, so that they are not run again."""
+    for job in jobs:
+        own = [row for row in rows if _is_of(row, job)]
+        if [row.ratio for row in own] == [str(cut) for cut in job.group.cuts]:
+            runs.once(job.outcomes, partial(write_csv, job.outcomes, map(asdict, own)))
+
+
+def _is_of(row: Outcome, job: Job) -> bool:
+    lacks_repair = job.group.repair and isnan(row.repaired) and not isnan(row.accuracy)
+    named = (row.group, row.run, row.seed, row.epochs)
+    return named == (job.group.name, job.recipe.name, job.seed, job.course) and not lacks_repair
+
+
 def _measure(job: Job, say: Say, tick: runs.Tick) -> list[Outcome]:
     try:
         network = train(job, tick)
     except engine.Diverged as error:
         say(f"{job}: {error}")
-        lost = [Cut(ratio, nan, nan, 0, 0) for ratio in job.group.cuts]
-        return [_outcome(job, lost[0], cut, nan) for cut in lost]
-    images = data.load(job.settings.dataset, job.settings.data, device=_device(job.settings))
-    part = data.Part(distributed.rank(), distributed.world_size())
-    images = images._replace(test=images.test.share(part))
-    ratios = dict.fromkeys((0.0, *job.group.cuts))
+        return [_outcome(job, Cut(cut, nan, nan, 0, 0), before=nan, macs_before=0) for cut in job.group.cuts]
+    images, held_out = _images(job.settings)
+    dtype, example = _dtype(job.settings), next(images.test.batches(2))[0]
     planning = engine.cutting(job.settings, images.info.num_classes, images.info.shape)
-    dtype, repair = _dtype(job.settings), job.group.repair
     if job.settings.nested:
         re_estimate(network, images, dtype)
+    ratios, repair = dict.fromkeys((0.0, *job.group.cuts)), job.group.repair
     found = sweep(network, images, planning=planning, ratios=ratios, dtype=dtype, repair=repair)
-    at = {cut.ratio: cut for cut in found}
-    return [
-        _outcome(job, at[0.0], at[ratio], _fine_tuned(job, network, ratio, images, say, tick))
-        for ratio in job.group.cuts
-    ]
+    cuts = {cut.ratio: cut for cut in found}
+    remains = engine.Remains(network, engine.plan(network, job.settings, example), example)
+    whole = {"before": cuts[0.0].accuracy, "macs_before": cuts[0.0].macs}
+    whole["dead"], whole["macs_alive"] = remains.now()
+    outcomes = []
+    for ratio in job.group.cuts:
+        small = partial(pruned, network, ratio, example, planning)
+        kept = engine.evaluate(small(), held_out, dtype=dtype)[1] if held_out else nan
+        tuned = _fine_tuned(job, small, ratio, images, say, tick) if job.recipe.fine_tune else nan
+        outcomes.append(_outcome(job, cuts[ratio], **whole, held_out=kept, fine_tuned=tuned))
+    return outcomes
 
 
-def _outcome(job: Job, whole: Cut, cut: Cut, fine_tuned: float) -> Outcome:
-    return Outcome(
-        group=job.group.name,
-        run=job.recipe.name,
-        seed=job.seed,
-        ratio=str(cut.ratio),
-        before=whole.accuracy,
-        accuracy=cut.accuracy,
-        recalibrated=cut.recalibrated,
-        fine_tuned=fine_tuned,
-        macs_before=whole.macs,
-        macs=cut.macs,
-        epochs=job.course,
-        on=job.on,
-        repaired=cut.repaired,
-    )
+def _images(settings: Settings) -> tuple[data.Data, data.Images | None]:
+    """The data set without what is held out of its training images, and that."""
+    images = data.load(settings.dataset, settings.data, device=_device(settings))
+    part = data.Part(distributed.rank(), distributed.world_size())
+    images = images._replace(test=images.test.share(part))
+    if not settings.held_out:
+        return images, None
+    _, train, held_out = data.hold_out(images, settings.held_out)
+    return images._replace(train=train), held_out.share(part)
+
+
+def _outcome(job: Job, cut: Cut, *, fine_tuned: float = nan, **more) -> Outcome:
+    told = {"group": job.group.name, "run": job.recipe.name, "seed": job.seed, "ratio": str(cut.ratio)}
+    told.update({name: getattr(cut, name) for name in ("accuracy", "recalibrated", "repaired", "macs")})
+    return Outcome(**told, fine_tuned=fine_tuned, epochs=job.course, on=job.on, **more)
 
 
 def _fine_tuned(
-    job: Job, network: nn.Module, ratio: float | str, images: data.Data, say: Say, tick: runs.Tick
+    job: Job, small: Callable[[], nn.Module], ratio: float | str, images: data.Data, say: Say, tick: runs.Tick
 ) -> float:
     """Accuracy of the cut network after it was trained on, from where an interruption left it."""
-    if not job.recipe.fine_tune:
-        return nan
     narrow = job.narrow(ratio)
+    runs.once(narrow, lambda: efreg.save(small(), narrow))
     settings = replace(job.recipe.fine_tune, weights=str(narrow), seed=job.seed)
     tuned = narrow.with_name(f"{narrow.stem}-{runs.digest(settings)}.safetensors")
-    example = next(images.test.batches(2))[0]
-    planning = engine.cutting(job.settings, images.info.num_classes, images.info.shape)
-    runs.once(narrow, lambda: efreg.save(pruned(network, ratio, example, planning), narrow))
     try:
         runs.keep_network(settings, tuned, tick)
     except engine.Diverged as error:
