@@ -424,6 +424,15 @@ def test_the_source_is_the_first_of_tied_filters(backend, dtype):
     )
 
 
+def test_the_source_is_the_first_of_tied_filters_that_lie_far_apart(backend):
+    """Also where a program looks at them one after the other."""
+    weight = torch.full((300, 2), 0.5)
+    weight[5], weight[5 + 256] = 2.0, -2.0
+    coefficients = torch.empty(300)
+    backend.charge(Groups.of(rows_of(weight)), coefficients, efreg.Electrostatic(1.0, k_e=1.0))
+    assert (coefficients[5].item(), coefficients[5 + 256].item()) == (0.0, 1 / 16)
+
+
 def test_a_layer_of_nan_alone_has_no_force(backend):
     coefficients = torch.full((3,), 5.0)
     grad = torch.zeros(3, 4)
