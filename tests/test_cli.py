@@ -17,7 +17,8 @@ from disk import full_disk
 
 import efreg
 from efreg import cli
-from efreg.lab import checkpoints, engine, models, training
+from efreg.cli import training
+from efreg.lab import checkpoints, engine, models
 
 COMMANDS = ["inspect", "plan", "prune", "report", "train", "sweep", "demo", "env"]
 

@@ -22,7 +22,8 @@ from rich.console import Console
 from torch import nn
 
 import efreg
-from efreg.lab import checkpoints, data, engine, graphs, logs, models, training
+from efreg.cli import training
+from efreg.lab import checkpoints, data, engine, graphs, logs, models
 from efreg.lab.checkpoints import Checkpoint, Settings
 
 WAYS = {

@@ -15,7 +15,8 @@ from torch import nn
 
 import efreg
 from efreg import cli
-from efreg.lab import models, training
+from efreg.cli import training
+from efreg.lab import models
 from efreg.lab.checkpoints import Settings
 
 RESNET = ["efreg.lab.models:resnet14", "--input", "3x8x8"]

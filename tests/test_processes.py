@@ -16,7 +16,8 @@ from rich.console import Console
 from torch import nn
 
 import efreg
-from efreg.lab import checkpoints, data, distributed, engine, models, training
+from efreg.cli import training
+from efreg.lab import checkpoints, data, distributed, engine, models
 from efreg.lab.checkpoints import Settings
 from efreg.lab.data import Part
 

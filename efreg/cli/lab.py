@@ -21,7 +21,7 @@ def _demo(arguments: Namespace) -> None:
 def _train(arguments: Namespace) -> None:
     from rich.console import Console
 
-    from efreg.lab import training
+    from efreg.cli import training
     from efreg.lab.checkpoints import Settings
 
     given = {field.name: getattr(arguments, field.name) for field in fields(Settings)}
@@ -32,7 +32,7 @@ def _train(arguments: Namespace) -> None:
 
 
 def _how_to_go_on(arguments: Namespace) -> str:
-    from efreg.lab.training import CHECKPOINT
+    from efreg.cli.training import CHECKPOINT
 
     if not (arguments.out / CHECKPOINT).is_file():
         return "no epoch was done: start again"
