@@ -36,7 +36,7 @@ from efreg.pruning.removing import prune
 from efreg.pruning.reporting import Report, macs, report
 from efreg.pruning.running import PruningError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "L1",
