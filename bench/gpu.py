@@ -46,7 +46,7 @@ from efreg import backends  # noqa: E402
 from efreg.backends import native  # noqa: E402
 from efreg.backends.reference import accumulator  # noqa: E402
 from efreg.backends.rows import Rows  # noqa: E402
-from efreg.force import steps  # noqa: E402
+from efreg.force.steps import subscribe, unsubscribe  # noqa: E402
 from efreg.lab import models  # noqa: E402
 
 DEVICE = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
@@ -189,7 +189,7 @@ def weights_of(model: nn.Module) -> list[nn.Parameter]:
 def hook(model: nn.Module, backend: str, **settings):
     """The whole call that an optimizer's step makes into efreg; and the force, deaf to other steps."""
     force = efreg.attach(model, law=peers.LAW, backend=backend, check=None, **settings)
-    steps.unsubscribe(force._serving)
+    unsubscribe(force._serving)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     grads = [p.grad for p in model.parameters() if p.grad is not None]
 
@@ -374,7 +374,7 @@ def training_of(name: str, build, batch: int, side: int, layers, ratios, *, fuse
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=fused, foreach=not fused)
         if settings is not None:
             forces[mode] = efreg.attach(model, 1e-16, **settings)
-            steps.unsubscribe(forces[mode]._serving)
+            unsubscribe(forces[mode]._serving)
         steps[mode] = one_step(model, optimizer, images, labels)
     precision = "bfloat16 autocast"
     optimizer = "fused" if fused else "foreach"
@@ -404,10 +404,10 @@ def one_step(model, optimizer, images, labels):
 def heard(force):
     """While it lasts `force`, and no other, hears of steps."""
     if force is not None:
-        steps.subscribe(force._serving)
+        subscribe(force._serving)
     yield
     if force is not None:
-        steps.unsubscribe(force._serving)
+        unsubscribe(force._serving)
 
 
 def report_training(name, precision, optimizer, how, taken) -> None:
