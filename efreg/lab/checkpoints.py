@@ -1,16 +1,19 @@
 """Training settings, and checkpoints that carry them: written atomically, read without pickle's code."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from efreg.disk import checksum, replacing
+from efreg.pruning.files import read_tensors
+
 FORMAT = "efreg checkpoint 1"
+
+CHECKSUM = "sha256"
+"""The key of the checksum of all else that a checkpoint holds."""
 
 
 @dataclass(frozen=True)
@@ -80,38 +83,11 @@ class Checkpoint:
         return torch.randn(2, *self.shape, generator=torch.Generator().manual_seed(0))
 
 
-@contextmanager
-def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO]:
-    """A file that takes the place of `path` in one step, once wholly on disk; not if the block raises.
-
-    Raises OSError, naming `path`, where it cannot be written.
-    """
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, mode, newline=None if "b" in mode else "") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        reason = error if isinstance(error, OSError) else error.__context__  # torch.save hides it there
-        if not isinstance(reason, OSError):
-            raise
-        raise OSError(
-            f"cannot write {path} ({reason.strerror or reason}): free space there, or name a folder that can "
-            "be written; what was there before is untouched"
-        ) from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
-
-
 def save(checkpoint: Checkpoint, path: str | Path) -> None:
     """Write a checkpoint; whatever happens midway, `path` holds the old one or the new one."""
     content = {**vars(checkpoint), "settings": asdict(checkpoint.settings), "format": FORMAT}
     with replacing(path) as file:
-        torch.save(content, file)
+        torch.save({**content, CHECKSUM: checksum(content)}, file)
 
 
 def load(path: str | Path) -> Checkpoint:
@@ -120,11 +96,12 @@ def load(path: str | Path) -> Checkpoint:
     Raises FileNotFoundError where there is none, ValueError where the file is damaged or something else.
     """
     content = read(path)
-    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+    if not _is_checkpoint(content):
         raise ValueError(
             f"{path} is no checkpoint of `efreg train`; for its weights alone: efreg train --weights {path}"
         )
     try:
+        del content["format"]
         return Checkpoint(**{**content, "settings": Settings(**content["settings"])})
     except (KeyError, TypeError) as error:
         raise ValueError(
@@ -132,10 +109,14 @@ def load(path: str | Path) -> Checkpoint:
         ) from error
 
 
+def _is_checkpoint(content: Any) -> bool:
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
 def load_weights(path: str | Path) -> dict[str, Tensor]:
     """A state dict from a safetensors file, a checkpoint or a file of weights, without `module.` prefixes."""
     content = read(path)
-    if isinstance(content, dict) and content.get("format") == FORMAT:
+    if _is_checkpoint(content):
         content = content["weights"]
     elif isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
@@ -151,10 +132,11 @@ def read(path: str | Path) -> Any:
         raise FileNotFoundError(f"no file {path}: name a checkpoint that `efreg train` wrote")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+            return read_tensors(path)[0]
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if _is_checkpoint(content) and content.pop(CHECKSUM, None) not in (None, checksum(content)):
+            raise ValueError("its checksum is of other content")
+        return content
     except Exception as error:  # a damaged file can raise nearly anything
         raise ValueError(
             f"{path} is damaged, or is no file of tensors alone ({type(error).__name__}): write it again, "

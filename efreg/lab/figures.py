@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from efreg.lab.checkpoints import replacing
+from efreg.disk import replacing
 
 LEGEND_COLUMNS = 4
 INK, MUTED, GRID = "#222222", "#6b6b6b", "#e6e6e6"

@@ -9,7 +9,7 @@ from typing import TypeVar, get_type_hints
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from efreg.lab.checkpoints import replacing
+from efreg.disk import replacing
 
 Row = dict[str, float]
 T = TypeVar("T")

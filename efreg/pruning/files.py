@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from efreg.disk import checksum
 from efreg.groups import CONVOLUTIONS, TRANSPOSED, unwrap
 from efreg.pruning.attention import as_pruned
 from efreg.pruning.cutting import counts, refit, replace
@@ -23,6 +24,9 @@ MARK = {"efreg.format": "1"}
 
 NUMBERS = "efreg.numbers"
 """The metadata with the integers of modules that no shape tells, as JSON: {module: {attribute: value}}."""
+
+CHECKSUM = "efreg.sha256"
+"""The metadata with the checksum of the tensors and of the other metadata."""
 
 EXTRA = "_extra_state"
 """How the names of what `get_extra_state` gives end."""
@@ -63,6 +67,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     network = unwrap(model)
     tensors, aliases = _once(network.state_dict())
     metadata = {**MARK, NUMBERS: json.dumps(dict(_numbers(network))), **aliases}
+    metadata[CHECKSUM] = _checksum(tensors, metadata)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.touch()
@@ -170,23 +175,51 @@ def _source(
     return "the state dict", dict(saved), None
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], Told | None]:
-    """The file's tensors, those that share memory under each of their names, and the numbers."""
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, whoever wrote it, and its metadata.
+
+    Raises ValueError where it is truncated or no such file, and where `save` wrote it and it was damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        numbers = json.loads(metadata.pop(NUMBERS, "null"))
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except SafetensorError as error:
         raise ValueError(f"{path} is truncated or foreign ({error}): save the model anew") from error
+    if metadata.pop(CHECKSUM, None) not in (None, _checksum(saved, metadata)):
+        raise ValueError(f"{path} is damaged, its checksum is of other content: save the model anew")
+    return saved, metadata
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Of all else that a file holds, whatever its order."""
+    return checksum([dict(sorted(part.items())) for part in (tensors, metadata)])
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], Told | None]:
+    """The file's tensors, those that share memory under each of their names, and the numbers."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    saved, metadata = read_tensors(path)
     if MARK.items() - metadata.items():
         raise ValueError(f"{path} was not written by efreg.save: load it with safetensors.torch.load_file")
+    told = _told(metadata.pop(NUMBERS, "null"), path)
     aliases = {alias: name for alias, name in metadata.items() if alias not in MARK}
-    return saved | {alias: saved[name] for alias, name in aliases.items() if name in saved}, numbers
+    return saved | {alias: saved[name] for alias, name in aliases.items() if name in saved}, told
+
+
+def _told(text: str, path: Path) -> Told | None:
+    """The numbers of modules as they were written; None where there are none."""
+    try:
+        told = json.loads(text)
+        kept = [value for numbers in (told or {}).values() for value in numbers.values()]
+        if not all(type(x) is int for value in kept for x in (value if isinstance(value, list) else [value])):
+            raise ValueError("they are no whole numbers")
+    except (AttributeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged in the numbers of modules ({error}): save it anew") from error
+    return told
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

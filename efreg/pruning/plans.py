@@ -4,16 +4,24 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from efreg.groups import Group, Member, tensor_of, unwrap
+from efreg.disk import checksum, replacing
+from efreg.groups import PARTS, Group, Member, tensor_of, unwrap
 from efreg.pruning.choosing import IMPORTANCES, Importance, ranks, smallest
 
 FORMAT = 1
+
+CHECKSUM = "sha256"
+"""The key of the checksum of all else that a file holds."""
+
+LONGEST = 2**24
+"""More places has no axis that units lie on; a file that tells of more is none of ours."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,9 @@ class Cut:
                 f"{self.group.name!r} has {self.group.size} filters and cannot lose {self.removed}: "
                 f"lose 1 to {self.group.size - 1}"
             )
+        for named in filter(None, (self.dead, self.units)):
+            if len(set(named)) != self.removed or not all(0 <= unit < self.group.size for unit in named):
+                raise ValueError(f"{self.group.name!r} cannot lose {named}: name {self.removed} filters")
 
     @property
     def name(self) -> str:
@@ -230,34 +241,41 @@ class Plan:
             "cuts": [{**vars(cut), "group": _written(cut.group)} for cut in self.cuts],
             "left_out": [{"group": _written(x.group), "reason": x.reason} for x in self.left_out],
         }
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_text(json.dumps(written))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path, "w") as file:
+            json.dump({**written, CHECKSUM: checksum(written)}, file)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Plan":
         """Reads what `save` wrote. Raises FileNotFoundError, and ValueError for anything that is no plan."""
         try:
             found = json.loads(Path(path).read_text())
+            if found.pop(CHECKSUM, None) not in (None, checksum(found)):
+                raise ValueError("its checksum is of other content")
             if found.pop("format") != FORMAT:
                 raise KeyError("format")
-            pair = {key: found[key] and tuple(found[key]) for key in ("macs", "parameters")}
+            if found["importance"] not in IMPORTANCES:
+                raise KeyError(found["importance"])
+            pair = {key: found[key] and _pair(found[key]) for key in ("macs", "parameters")}
             cuts = tuple(
                 Cut(_read(x["group"]), x["removed"], _units(x.get("dead")), _units(x.get("units")))
                 for x in found["cuts"]
             )
             left_out = tuple(LeftOut(_read(x["group"]), x["reason"]) for x in found["left_out"])
             return cls(**{**found, **pair, "cuts": cuts, "left_out": left_out})
-        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is no plan that efreg has saved ({error!r}): save it anew") from error
 
 
 def _units(written: list[int] | None) -> tuple[int, ...] | None:
     return None if written is None else tuple(written)
+
+
+def _pair(written: list[int]) -> tuple[int, int]:
+    """MACs or parameters, before and after. Raises ValueError for anything else."""
+    before, after = written
+    if not (type(before) is type(after) is int and before >= after > 0):
+        raise ValueError(f"{written} are no numbers before and after")
+    return before, after
 
 
 def _places(member: Member) -> str:
@@ -291,11 +309,19 @@ def _written(group: Group) -> dict[str, Any]:
 
 
 def _read(written: dict[str, Any]) -> Group:
-    members = tuple(
-        Member(**{**m, "index": _numbers(m["index"]), "unit": _numbers(m["unit"])})
-        for m in written["members"]
-    )
-    return Group(**{**written, "members": members})
+    """The group that `_written` wrote. Raises ValueError for units that nothing writes."""
+    size = written["size"]
+    group = Group(**{**written, "members": tuple(_member(m, size) for m in written["members"])})
+    if len({unit for member in group.of("writes") for unit in member.unit.tolist()}) != size:
+        raise ValueError(f"not all of the {size} units of {group.name!r} are written")
+    return group
+
+
+def _member(written: dict[str, Any], size: int) -> Member:
+    index, unit = _numbers(written["index"], written["length"]), _numbers(written["unit"], size)
+    if len(index) != len(unit) or written["part"] not in PARTS:
+        raise ValueError(f"{written['tensor']!r} has no part in the units")
+    return Member(**{**written, "index": index, "unit": unit})
 
 
 def _runs(numbers: Tensor) -> list[list[int]]:
@@ -311,7 +337,13 @@ def _runs(numbers: Tensor) -> list[list[int]]:
     return runs
 
 
-def _numbers(runs: list[list[int]]) -> Tensor:
-    return torch.tensor(
-        [first + step * i for first, step, count in runs for i in range(count)], dtype=torch.int64
-    )
+def _numbers(runs: list[list[int]], below: int) -> Tensor:
+    """What `_runs` was given. Raises ValueError for anything but whole numbers from 0 to below - 1."""
+    if not all(type(number) is int for number in (below, *chain(*runs))):
+        raise ValueError(f"{runs} are no runs of whole numbers")
+    if sum(count for *_, count in runs) > LONGEST:
+        raise ValueError(f"no axis has more than {LONGEST} places")
+    numbers = [first + step * i for first, step, count in runs for i in range(count)]
+    if not all(0 <= number < below for number in numbers):
+        raise ValueError(f"{runs} go beyond {below}")
+    return torch.tensor(numbers, dtype=torch.int64)

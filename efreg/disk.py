@@ -1,0 +1,71 @@
+"""What the files that are written here have in common: they appear whole or not at all, and a checksum tells
+whether they still are what was written.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO]:
+    """A file that takes the place of `path` in one step, once wholly on disk; not if the block raises.
+
+    Raises OSError, naming `path`, where it cannot be written.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, mode, newline=None if "b" in mode else "") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__  # torch.save hides it there
+        if not isinstance(reason, OSError):
+            raise
+        raise OSError(
+            f"cannot write {path} ({reason.strerror or reason}): free space there, or name a folder that can "
+            "be written; what was there before is untouched"
+        ) from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def checksum(content: Any) -> str:
+    """SHA-256, in hexadecimal digits, of values nested in mappings, lists and tuples.
+
+    A tensor counts by its dtype, its shape and its bytes, wherever it lies; anything else by its repr. Lists
+    and tuples count alike, as JSON has it; the order of a mapping counts.
+    """
+    digest = hashlib.sha256()
+    for part in _parts(content):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """Bytes, and arrays of them, that are the same for the same value alone."""
+    if isinstance(value, Mapping):
+        yield b"{"
+        for key, item in value.items():
+            yield from (repr(key).encode(), b":", *_parts(item), b",")
+        yield b"}"
+    elif isinstance(value, (list, tuple)):
+        yield b"["
+        for item in value:
+            yield from (*_parts(item), b",")
+        yield b"]"
+    elif isinstance(value, Tensor):
+        yield f"{value.dtype}{tuple(value.shape)}".encode()
+        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    else:
+        yield repr(value).encode()
