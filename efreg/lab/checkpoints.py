@@ -1,8 +1,10 @@
 """Training settings, and checkpoints that carry them: written atomically, read without pickle's code."""
 
 from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -14,6 +16,9 @@ FORMAT = "efreg checkpoint 1"
 
 CHECKSUM = "sha256"
 """The key of the checksum of all else that a checkpoint holds."""
+
+LARGEST = 2**24
+"""As many numbers has no image that the lab trains on."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +107,39 @@ def load(path: str | Path) -> Checkpoint:
         )
     try:
         del content["format"]
-        return Checkpoint(**{**content, "settings": Settings(**content["settings"])})
+        checkpoint = Checkpoint(**{**content, "settings": Settings(**content["settings"])})
+        _require_types(checkpoint)
+        _require_types(checkpoint.settings)
+        _require_plausible(checkpoint)
+        return checkpoint
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{path} was written by another version of efreg ({error}): train it again"
         ) from error
+
+
+def _require_types(values: Checkpoint | Settings) -> None:
+    """Raises TypeError for a value of another type than its field has."""
+    for name, hint in get_type_hints(type(values)).items():
+        if not _is_of(getattr(values, name), hint):
+            raise TypeError(f"{name} is {getattr(values, name)!r}")
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    if isinstance(hint, UnionType):
+        return any(_is_of(value, one) for one in get_args(hint))
+    kind = get_origin(hint) or hint
+    return type(value) in (int, float) if kind is float else isinstance(value, kind)
+
+
+def _require_plausible(checkpoint: Checkpoint) -> None:
+    """Raises TypeError for numbers that are not those of the weights, and could take all memory."""
+    shape, classes = checkpoint.shape, checkpoint.num_classes
+    if len(shape) != 3 or not all(type(n) is int and n > 0 for n in shape) or prod(shape) > LARGEST:
+        raise TypeError(f"shape is {shape}")
+    tensors = [value for value in checkpoint.weights.values() if isinstance(value, Tensor)]
+    if not any(tensor.ndim and len(tensor) == classes for tensor in tensors):
+        raise TypeError(f"num_classes is {classes}")
 
 
 def _is_checkpoint(content: Any) -> bool:
