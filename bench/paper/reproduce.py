@@ -11,8 +11,8 @@ from bench.paper import jobs, latency, norms, pictures, recipes, runs, speedups,
 from bench.paper.jobs import Job, Outcome
 from bench.paper.means import over_seeds, published
 from bench.paper.recipes import Group
+from efreg.disk import replacing
 from efreg.lab import data, distributed, engine
-from efreg.lab.checkpoints import replacing
 from efreg.lab.logs import progress, read_csv, write_csv
 
 TITLES = {

@@ -257,7 +257,7 @@ class Plan:
                 raise KeyError(found["importance"])
             pair = {key: found[key] and _pair(found[key]) for key in ("macs", "parameters")}
             cuts = tuple(
-                Cut(_read(x["group"]), x["removed"], _units(x.get("dead")), _units(x.get("units")))
+                Cut(_read(x["group"]), _whole(x["removed"])[0], _units(x.get("dead")), _units(x.get("units")))
                 for x in found["cuts"]
             )
             left_out = tuple(LeftOut(_read(x["group"]), x["reason"]) for x in found["left_out"])
@@ -267,13 +267,20 @@ class Plan:
 
 
 def _units(written: list[int] | None) -> tuple[int, ...] | None:
-    return None if written is None else tuple(written)
+    return None if written is None else _whole(*written)
+
+
+def _whole(*numbers: Any) -> tuple[int, ...]:
+    """The numbers. Raises ValueError for one that is not whole."""
+    if strange := [number for number in numbers if type(number) is not int]:
+        raise ValueError(f"{strange[0]!r} is no whole number")
+    return numbers
 
 
 def _pair(written: list[int]) -> tuple[int, int]:
     """MACs or parameters, before and after. Raises ValueError for anything else."""
-    before, after = written
-    if not (type(before) is type(after) is int and before >= after > 0):
+    before, after = _whole(*written)
+    if not before >= after > 0:
         raise ValueError(f"{written} are no numbers before and after")
     return before, after
 
@@ -339,8 +346,7 @@ def _runs(numbers: Tensor) -> list[list[int]]:
 
 def _numbers(runs: list[list[int]], below: int) -> Tensor:
     """What `_runs` was given. Raises ValueError for anything but whole numbers from 0 to below - 1."""
-    if not all(type(number) is int for number in (below, *chain(*runs))):
-        raise ValueError(f"{runs} are no runs of whole numbers")
+    _whole(below, *chain(*runs))
     if sum(count for *_, count in runs) > LONGEST:
         raise ValueError(f"no axis has more than {LONGEST} places")
     numbers = [first + step * i for first, step, count in runs for i in range(count)]
