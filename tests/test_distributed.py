@@ -1,4 +1,6 @@
-"""Two processes of a DDP job hold the same bits, and train as one process on the whole batch does."""
+"""The processes of a DDP job hold the same bits, and train as one process on the whole batch does."""
+
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +13,18 @@ import efreg
 
 ALPHA, STEPS = 1e-12, 4
 
+KINDS = {
+    "plain": {},
+    "gradients as views of buckets": {"gradient_as_bucket_view": True},
+    "static graph": {"static_graph": True},
+    "no_sync": {"parts": 2},
+    "no_sync, views of buckets": {"parts": 2, "gradient_as_bucket_view": True},
+    "zero": {"zero": True},
+    "zero, views of buckets": {"zero": True, "gradient_as_bucket_view": True},
+    "proximal": {"update": "proximal"},
+    "zero, proximal": {"zero": True, "update": "proximal"},
+}
+
 
 def network():
     torch.manual_seed(0)
@@ -20,38 +34,75 @@ def network():
 
 
 def images(step):
-    return torch.randn(4, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+    return torch.randn(8, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
 
 
-def train(model, optimizer, part):
+def attach(model, update="gradient"):
+    efreg.attach(
+        model, {"gradient": ALPHA, "proximal": 1e-9}[update], update=update, refresh=1, backend="cpp"
+    )
+
+
+def train(model, *, rank=0, processes=1, parts=1, zero=False):
+    """On a process's share of each batch, in so many parts of which the last is synchronised."""
+    kind = ZeroRedundancyOptimizer if zero else torch.optim.SGD
+    chosen = {"optimizer_class": torch.optim.SGD} if zero else {}
+    optimizer = kind(model.parameters(), lr=0.05, momentum=0.9, **chosen)
     for step in range(STEPS):
         optimizer.zero_grad()
-        model(images(step)[part]).square().mean().backward()
+        *first, last = images(step).chunk(processes)[rank].chunk(parts)
+        with model.no_sync() if first else nullcontext():
+            for part in first:
+                (model(part).square().mean() / parts).backward()
+        (model(last).square().mean() / parts).backward()
         optimizer.step()
 
 
-def optimizer_of(kind, model):
-    if kind == "zero":
-        return ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.05, momentum=0.9)
-    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+def trained(rank, processes, *, parts=1, zero=False, update="gradient", **options):
+    model = DistributedDataParallel(network(), **options)
+    attach(model, update)
+    train(model, rank=rank, processes=processes, parts=parts, zero=zero)
+    return model.module.state_dict()
 
 
-def work(rank, folder, kind):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    model = DistributedDataParallel(network())
-    efreg.attach(model, ALPHA, refresh=1, backend="cpp")
-    train(model, optimizer_of(kind, model), slice(2 * rank, 2 * rank + 2))
-    torch.save(model.module.state_dict(), f"{folder}/{rank}.pt")
+def work(rank, processes, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
+    found = {name: trained(rank, processes, **options) for name, options in KINDS.items()}
+    torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["sgd", pytest.param("zero", marks=pytest.mark.slow)])
-def test_two_processes(tmp_path, kind):
-    torch.multiprocessing.spawn(work, (str(tmp_path), kind), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def found(request, tmp_path_factory):
+    """What each of the processes found."""
+    folder = tmp_path_factory.mktemp("distributed")
+    torch.multiprocessing.spawn(work, (request.param, str(folder)), nprocs=request.param)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_process_holds_the_same_bits(kind, found):
+    first, *others = (here[kind] for here in found)
+    for other in others:
+        for name, weight in first.items():
+            assert torch.equal(other[name], weight), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_processes_train_as_one(kind, found):
     alone = network()
-    efreg.attach(alone, ALPHA, refresh=1)
-    train(alone, optimizer_of("sgd", alone), slice(0, 4))
+    attach(alone, KINDS[kind].get("update", "gradient"))
+    train(alone)
     for name, weight in alone.state_dict().items():
-        assert torch.equal(first[name], second[name]), name
-        torch.testing.assert_close(first[name], weight, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(found[0][kind][name], weight, rtol=1e-8, atol=1e-10)
+
+
+def test_the_force_is_felt():
+    """Else what is above would say nothing of it."""
+    for update in ("gradient", "proximal"):
+        alone, without = network(), network()
+        attach(alone, update)
+        for model in (alone, without):
+            train(model)
+        assert not torch.allclose(alone[0].weight, without[0].weight, rtol=1e-6)

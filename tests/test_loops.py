@@ -345,3 +345,62 @@ def test_a_compiled_model_is_pulled(net):
     (0 * compiled(torch.randn(2, 1, 5, 5))).sum().backward()
     torch.optim.SGD(compiled.parameters(), lr=LR).step()
     torch.testing.assert_close(net[0].weight.detach(), pulled_once(before))
+
+
+def step_of(model, optimizer, update):
+    def step(x):
+        optimizer.zero_grad()
+        (0 * model(x)).sum().backward()
+        update()
+
+    return step
+
+
+COMPILED = {
+    "model": lambda net, optimizer: step_of(torch.compile(net, backend="eager"), optimizer, optimizer.step),
+    "optimizer": lambda net, optimizer: step_of(
+        net, optimizer, torch.compile(optimizer.step, backend="eager")
+    ),
+    "step": lambda net, optimizer: torch.compile(step_of(net, optimizer, optimizer.step), backend="eager"),
+}
+COMPILED["autograd"] = COMPILED["step"]
+
+
+def captured():
+    """What has been compiled since the last reset."""
+    counted = torch._dynamo.utils.counters
+    return {
+        "graphs": counted["stats"]["unique_graphs"],
+        "backward graphs": counted["compiled_autograd"]["captures"],
+    }
+
+
+@pytest.mark.parametrize("first", ["attach", "compile"])
+@pytest.mark.parametrize("update", ["gradient", "proximal"])
+@pytest.mark.parametrize("what", COMPILED)
+def test_a_schedule_of_100_steps_compiles_in_the_first_alone(net, what, update, first):
+    """α and the learning rate change at every step, and charges are taken anew at every third."""
+    alpha = efreg.schedules.cosine(0.1, 100)
+    lr = torch.tensor(LR)
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(compiled_autograd=what == "autograd"):
+        if first == "compile":
+            step = COMPILED[what](net, optimizer)
+        efreg.attach(net, alpha, law="l1", update=update, refresh=3)
+        if first == "attach":
+            step = COMPILED[what](net, optimizer)
+        for i in range(100):
+            before, rate = net[0].weight.detach().clone(), lr.item()
+            step(torch.randn(2, 1, 5, 5))
+            if i == 0:
+                compiled = captured()
+            threshold = rate * alpha(i)
+            expected = before.sign() * (before.abs() - threshold).clamp_min(0)
+            if update == "gradient":
+                expected = before - threshold * before.sign()
+            torch.testing.assert_close(net[0].weight.detach(), expected, rtol=1e-5, atol=1e-6)
+            scheduler.step()
+    assert captured() == compiled
+    assert compiled["graphs"] > 0 and bool(compiled["backward graphs"]) == (what == "autograd")
