@@ -9,6 +9,7 @@ import weakref
 
 import oracle
 import pytest
+import timm.utils
 import torch
 from torch import nn
 
@@ -310,6 +311,60 @@ def test_a_copy_of_the_model_carries_no_force(net):
         twin[0].weight.grad = torch.zeros_like(before)
         torch.optim.SGD(twin.parameters(), lr=0.1).step()
         assert torch.equal(twin[0].weight, before)
+
+
+AVERAGES = {
+    "torch": lambda net: torch.optim.swa_utils.AveragedModel(
+        net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.75)
+    ),
+    "timm": lambda net: timm.utils.ModelEmaV3(net, decay=0.75),
+}
+
+
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_an_average_of_the_weights_is_not_pulled(net, kind):
+    """It is a copy, and the mean of what the force has made of the weights; they are pulled once a step."""
+    force = efreg.attach(net, 1.0, law="l1")
+    average = AVERAGES[kind](net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    expected = net[0].weight.detach().clone() if kind == "timm" else None
+    for _ in range(4):
+        before = net[0].weight.detach().clone()
+        net[0].weight.grad = torch.zeros_like(before)
+        optimizer.step()
+        torch.testing.assert_close(net[0].weight.detach(), before - 0.1 * before.sign())
+        average.update(net) if kind == "timm" else average.update_parameters(net)
+        now = net[0].weight.detach()
+        expected = now.clone() if expected is None else 0.75 * expected + 0.25 * now
+    torch.testing.assert_close(average.module[0].weight.detach(), expected)
+    assert force.steps == 4
+
+
+def test_weights_that_are_frozen_and_thawed_are_left_alone_and_pulled_again(net, name):
+    efreg.attach(net, 1.0, law="l1", backend=name)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for trained in (True, False, False, True):
+        net[0].requires_grad_(trained)
+        before = [net[i].weight.detach().clone() for i in (0, 2)]
+        optimizer.zero_grad()
+        (0 * net(batch())).sum().backward()
+        optimizer.step()
+        for layer, w, pulled in zip((net[0], net[2]), before, (trained, True), strict=True):
+            torch.testing.assert_close(layer.weight.detach(), w - 0.1 * pulled * w.sign())
+
+
+def test_a_parameter_that_is_replaced_in_the_optimizer_too_is_pulled(net):
+    efreg.attach(net, 1.0, law="l1")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(2):
+        old, net[0].weight = net[0].weight, nn.Parameter(torch.randn_like(net[0].weight))
+        optimizer.param_groups[0]["params"] = list(net.parameters())
+        before = net[0].weight.detach().clone()
+        old.grad = net[0].weight.grad = torch.zeros_like(before)
+        kept = old.detach().clone()
+        optimizer.step()
+        torch.testing.assert_close(net[0].weight.detach(), before - 0.1 * before.sign())
+        assert torch.equal(old, kept)
 
 
 def test_loaded_and_moved_weights_keep_the_force(net):

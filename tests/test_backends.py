@@ -66,6 +66,66 @@ except efreg.BackendUnavailable as error:
     assert done.stderr.count("cannot be had") == 1, done.stderr
 
 
+WITHOUT_CPP = """
+import efreg, torch
+from torch import nn
+net = nn.Sequential(nn.Conv2d(1, 2, 3))
+print(efreg.attach(net, 1e-12))
+net[0].weight.grad = torch.zeros_like(net[0].weight)
+torch.optim.SGD(net.parameters(), lr=0.1).step()
+print("pulled", bool(net[0].weight.grad.any()))
+"""
+READ_ONLY = """
+import errno, os, pathlib
+def refuse(self, *args, **options):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+pathlib.Path.mkdir = refuse
+"""
+
+
+def failing_compiler(folder):
+    """It says its name and no more."""
+    compiler = folder / "c++"
+    compiler.write_text("#!/bin/sh\ncase $1 in -*) echo 'g++ 13.0' && exit;; esac\necho broken >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    return str(compiler)
+
+
+BROKEN = {
+    "a file in the cache's place": lambda folder: (WITHOUT_CPP, {"TORCH_EXTENSIONS_DIR": __file__}),
+    "a cache below a file": lambda folder: (WITHOUT_CPP, {"TORCH_EXTENSIONS_DIR": f"{__file__}/cache"}),
+    "no right to write": lambda folder: (READ_ONLY + WITHOUT_CPP, {}),
+    "a compiler that fails": lambda folder: (WITHOUT_CPP, {"CXX": failing_compiler(folder)}),
+    "a compiler that says nothing": lambda folder: (WITHOUT_CPP, {"CXX": "false"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", BROKEN)
+def test_where_nothing_can_be_built_the_reference_serves_after_one_warning(what, tmp_path):
+    code, environment = BROKEN[what](tmp_path)
+    done = run(code, tmp_path / "cache", **environment)
+    assert done.returncode == 0, done.stderr
+    assert "backend=reference" in done.stdout and "pulled True" in done.stdout
+    warned = [line for line in done.stderr.splitlines() if "cannot be had" in line]
+    assert len(warned) == 1 and "building the cpp operations failed: " in warned[0], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_that_build_at_once_build_once(tmp_path):
+    """The second waits, and finds what the first has built; a mended compiler's first build is one, too."""
+    run(WITHOUT_CPP, tmp_path, CXX="false")
+    code = "from efreg.backends import native; native.load(native.CPP); print('built')"
+    env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([sys.executable, "-c", code], env=env, **piped) for _ in range(2)]
+    said = [process.communicate(timeout=500) for process in both]
+    assert [out.strip() for out, _ in said] == ["built", "built"], said
+    assert sum("building the cpp operations into" in errors for _, errors in said) == 1
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == ["", ".lock"]
+
+
 @pytest.mark.slow
 def test_a_build_killed_midway_does_not_hang_the_next_start(tmp_path):
     code = "from efreg.backends import native; native.load(native.CPP); print('built')"

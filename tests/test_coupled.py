@@ -108,6 +108,23 @@ def test_every_member_is_pulled_with_its_units_coefficient(net, plan, name, scop
     assert own.shape == (5, 1, 1, 1) and (own * net.a.weight).shape == net.a.weight.shape
 
 
+def test_a_nan_in_one_filter_of_a_group_leaves_its_unit_alone_and_pulls_the_others(net, plan, name):
+    """Also what else writes and carries the unit; it is no source either, though it was the largest."""
+    with torch.no_grad():
+        net.a.weight[2] *= 100
+        net.b.weight[2, 1, 0, 0] = torch.nan
+    (group,) = (cut.group for cut in plan.cuts if "b" in cut.group.writers)
+    assert coefficients(net, group)[2] == 0 and (coefficients(net, group) > 0).sum() == 3
+    expected = expected_pull(net, plan, ("writes", "carries"))
+    efreg.attach(net, ALPHA, layers=plan, scope="filter", backend=name)
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    torch.optim.SGD(net.parameters(), lr=0.0).step()
+    for key, parameter in net.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[key].nan_to_num(), rtol=1e-9, atol=1e-15)
+    assert not any(net.get_parameter(m.tensor).grad[2].any() for m in group.of("carries") if m.trained)
+
+
 def test_live_coefficients_are_those_that_pull(net, plan):
     """For an optimizer that applies the force itself: c · sgn(w), member by member."""
     force = efreg.attach(net, ALPHA, layers=plan, scope="filter", refresh=1)

@@ -16,7 +16,8 @@ from torch import nn
 import efreg
 from efreg import cli
 from efreg.backends import native
-from efreg.lab import checkpoints, data, models, training
+from efreg.cli import training
+from efreg.lab import checkpoints, data, models
 
 KILLS = 20
 LINE = "train --model small --law ladder --alpha 1e-3 --update proximal --refresh 2 --device cpu"

@@ -274,6 +274,26 @@ def test_an_overflow_step_leaves_the_weights(net, fused, update):
     assert torch.equal(net[0].weight.detach(), before)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("refresh", [None, 1])
+@pytest.mark.parametrize("update", ["gradient", "proximal"])
+def test_a_nan_loss_is_a_step_that_never_was(net, fused, refresh, update):
+    """The scaler skips it; what comes after has the bits of a training without it."""
+    twin, batches = copy.deepcopy(net), [torch.randn(2, 1, 5, 5) for _ in range(4)]
+    spoiled = [*batches[:2], torch.full((2, 1, 5, 5), torch.nan), *batches[2:]]
+    for model, seen in ((net, spoiled), (twin, batches)):
+        with efreg.attach(model, 0.01, law="l1", update=update, refresh=refresh):
+            optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, fused=fused)
+            scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+            for x in seen:
+                optimizer.zero_grad()
+                scaler.scale(model(x).square().mean()).backward()
+                scaler.step(optimizer)
+                scaler.update()
+    assert scaler.get_scale() == 1024
+    assert torch.equal(net[0].weight, twin[0].weight) and torch.isfinite(net[0].weight).all()
+
+
 def test_a_schedulers_rate_is_the_proximal_steps_rate(net):
     efreg.attach(net, 0.01, law="l1", update="proximal")
     optimizer = torch.optim.SGD(net.parameters(), lr=torch.tensor(0.4))
@@ -286,6 +306,25 @@ def test_a_schedulers_rate_is_the_proximal_steps_rate(net):
         torch.testing.assert_close(
             net[0].weight.detach(), before.sign() * (before.abs() - 0.01 * lr).clamp_min(0)
         )
+
+
+def test_a_forked_data_loader_changes_nothing():
+    """Its workers have the force, and the threads that pulled before they were forked, and use neither."""
+    images = torch.utils.data.TensorDataset(torch.randn(24, 1, 5, 5))
+    start = nn.Sequential(nn.Conv2d(1, 400, 3))
+    torch.set_num_threads(2)
+    found = []
+    for workers in ({}, {"num_workers": 2, "multiprocessing_context": "fork"}):
+        net = copy.deepcopy(start)
+        efreg.attach(net, 1e-12, refresh=1, backend="cpp")
+        optimizer = torch.optim.SGD(net.parameters(), lr=LR)
+        for _ in range(2):
+            for (x,) in torch.utils.data.DataLoader(images, 8, **workers):
+                optimizer.zero_grad()
+                net(x).square().mean().backward()
+                optimizer.step()
+        found.append(net[0].weight)
+    assert torch.equal(*found) and not torch.equal(found[0], start[0].weight)
 
 
 def test_several_optimizers_each_pull_their_own():

@@ -96,7 +96,7 @@ def load(extension: Extension) -> ModuleType:
     name = prebuilt(extension)
     try:
         return importlib.import_module(name) if name else _built_at_first_use(extension)
-    except (RuntimeError, OSError, ImportError) as error:
+    except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
         doing = "loading" if name else "building"
         raise BackendUnavailable(
             f"{doing} the {extension.name} operations failed: {last_line(error)}"
