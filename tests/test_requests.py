@@ -9,6 +9,7 @@ from math import ceil, sqrt
 import pytest
 import torch
 import torchvision
+from disk import full_disk
 from networks import assert_same, lively, snapshot
 from torch import nn
 
@@ -520,6 +521,18 @@ def test_a_plan_of_a_function_is_not_saved(net, tmp_path):
     with pytest.raises(ValueError, match="importance is a function cannot be saved: use one of l1"):
         plan(net, importance=lambda group: torch.arange(group.size)).save(tmp_path / "plan.json")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_on_a_full_disk_names_its_file_and_leaves_the_old_one(net, tmp_path):
+    path = tmp_path / "plan.json"
+    plan(net).save(path)
+    before = path.read_bytes()
+    with (
+        full_disk(room=100),
+        pytest.raises(OSError, match=rf"cannot write {path} \(.+\): free space"),
+    ):
+        plan(net).save(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"format": 99}', '{"format": 1, "cuts": 3}'])
