@@ -340,8 +340,12 @@ def test_an_average_of_the_weights_is_not_pulled(net, kind):
     assert force.steps == 4
 
 
-def test_weights_that_are_frozen_and_thawed_are_left_alone_and_pulled_again(net, name):
-    efreg.attach(net, 1.0, law="l1", backend=name)
+@pytest.mark.parametrize("update", ["gradient", "proximal"])
+def test_weights_that_are_frozen_and_thawed_are_left_alone_and_pulled_again(net, name, update):
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(parameter.sign() * (1 + parameter.abs()))  # no step passes zero
+    efreg.attach(net, 1.0, law="l1", backend=name, update=update)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     for trained in (True, False, False, True):
         net[0].requires_grad_(trained)
