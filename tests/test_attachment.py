@@ -362,7 +362,7 @@ def test_a_parameter_that_is_replaced_in_the_optimizer_too_is_pulled(net):
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     for _ in range(2):
         old, net[0].weight = net[0].weight, nn.Parameter(torch.randn_like(net[0].weight))
-        optimizer.param_groups[0]["params"] = list(net.parameters())
+        optimizer.param_groups[0]["params"][0] = net[0].weight
         before = net[0].weight.detach().clone()
         old.grad = net[0].weight.grad = torch.zeros_like(before)
         kept = old.detach().clone()
