@@ -9,8 +9,8 @@ help:      ## list the targets
 test:      ## quick tests
 	pytest
 
-experiments: ## quick tests of bench/paper, the reproduction
-	pytest tests/paper
+experiments: ## quick tests of the laboratory and of bench/paper, the reproduction
+	pytest tests/lab tests/paper
 
 coverage:  ## quick tests, and which lines of efreg/ they miss
 	pytest --cov

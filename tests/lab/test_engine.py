@@ -829,7 +829,7 @@ def widths(model):
 def test_a_pruned_network_is_trained_on(narrow, tmp_path):
     """As narrow as it was; an interrupted run goes on without the file, to the same bits."""
     path, small = narrow
-    chosen = settings(weights=str(path), alpha=1e-9, ratio="0.5")
+    chosen = settings(weights=str(path), alpha=1e-9, ratio=0.5)
     expected = engine.Run(chosen)
     assert equal(expected.model.state_dict(), small.state_dict())
     assert [cut.removed for cut in expected.plan.cuts] == [4, 4, 12, 12, 8, 8]
