@@ -2,7 +2,7 @@
 
 A unit is one channel, wherever it lies: rows of the weights that write it, its biases, its norm's scale,
 shift and statistics, the columns of the weights that read it. A group is the units that lie on the same axes
-of the same tensors: what a ratio applies to.
+of the same tensors, in as many places on each: what a ratio applies to.
 """
 
 from collections.abc import Sequence

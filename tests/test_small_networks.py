@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from small_networks import NETWORKS, Function, head
+from small_networks import NETWORKS, BiasedHeads, Function, Residual, head, shuffle, transformer_block
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -198,6 +198,49 @@ def test_heads_go_where_the_scale_is_made_of_their_width():
     assert attention.heads == 2
     assert attention.bias.shape == (2, 5, 5)
     assert attention.qkv.weight.shape == (3 * 2 * 8, 32)
+
+
+def test_three_heads_are_told_from_three_parts():
+    """`unflatten(2, (3, heads, -1))` has a number that is always 3 and one that falls with the heads."""
+    model, x = transformer_block(BiasedHeads(24, 3, 5), 24), torch.randn(2, 5, 24)
+    plan = efreg.plan(model, ratio=0.5, example_inputs=x)
+    assert not plan.left_out
+    assert efreg.prune(model, plan, example_inputs=x)[0].inner[1].heads == 1
+
+
+def test_a_norm_of_which_one_channel_stays():
+    norm = nn.Sequential(nn.GroupNorm(2, 2), nn.ReLU(), Residual(nn.PReLU(2)))
+    model, x = lively(nn.Sequential(nn.Conv2d(3, 2, 3), norm, head(2))), torch.randn(2, 3, 6, 6)
+    plan = efreg.plan(model, ratio=0.5, example_inputs=x)
+    assert efreg.prune(model, plan, example_inputs=x)[1][0].num_channels == 1
+
+
+def counted(model, x):
+    """Multiply-accumulates as torch counts them, and numbers that are trained."""
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    return counter.get_total_flops() // 2, sum(p.numel() for p in model.parameters())
+
+
+def test_products_of_single_channels_count():
+    layers = (nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1), nn.ReLU(), nn.Linear(1, 1), nn.ReLU())
+    model, x = nn.Sequential(*layers, nn.Linear(1, 4)), torch.randn(2, 3)
+    plan = efreg.plan(model, ratio=0.5, example_inputs=x)
+    small = efreg.prune(model, plan, example_inputs=x)
+    assert [*zip(plan.macs, plan.parameters, strict=True)] == [counted(model, x), counted(small, x)]
+
+
+def test_units_of_one_channel_and_of_two_are_two_groups():
+    """A shuffle within the last four of seven ties these two by two."""
+
+    def shuffled(x):
+        return torch.cat([x[:, :3], shuffle(x[:, 3:], 2)], 1)
+
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 7, 3), Function(shuffled), Residual(nn.Conv2d(7, 7, 1)), nn.ReLU(), head(7))
+    )
+    x = torch.randn(2, 3, 6, 6)
+    assert [(g.name, g.size) for g in efreg.inspect(model, x).groups] == [("0", 3), ("0#2", 2)]
 
 
 STAYS = {

@@ -113,16 +113,26 @@ class Given(TorchFunctionMode):
             self.numbers = before
 
     def sources(self, lengths: Sequence[int]) -> list[Tracked | None]:
-        """Which number each of an operation's lengths was given as: by place where they stand in a row, else
-        by value.
+        """Which number each of an operation's lengths was given as: by place where they, or the most of them,
+        stand in a row, else by value.
         """
-        count = len(lengths)
-        for start in range(len(self.numbers) - count + 1):
-            row = self.numbers[start : start + count]
-            if all(x in (length, -1) for x, length in zip(row, lengths)):
-                return [x if isinstance(x, Tracked) else None for x in row]
         known = {int(x): x for x in self.numbers if isinstance(x, Tracked)}
-        return [known.get(length) for length in lengths]
+        row, first = self._row(lengths) if known else ([], 0)
+        if not row:
+            return [known.get(length) for length in lengths]
+        found: list[Tracked | None] = [None] * len(lengths)
+        found[first : first + len(row)] = [x if isinstance(x, Tracked) else None for x in row]
+        return found
+
+    def _row(self, lengths: Sequence[int]) -> tuple[list[int], int]:
+        """The longest row of numbers that are lengths behind each other, and which of them is the first."""
+        for count in range(len(lengths), 1, -1):
+            for start in range(len(self.numbers) - count + 1):
+                row = self.numbers[start : start + count]
+                for first in range(len(lengths) - count + 1):
+                    if all(x in (length, -1) for x, length in zip(row, lengths[first:])):
+                        return row, first
+        return [], 0
 
 
 def _integers(x: Any) -> Iterator[int]:

@@ -106,30 +106,27 @@ def _gone(stay: Tensor, like: Tensor) -> Tensor:
 def _over_what_stays(function: OpOverload, given: dict[str, Any], stays: dict[str, dict[int, Tensor]]) -> Any:
     """The norm of the entries that stay, in their places; zeros in the others'."""
     first = next(name for name in given if isinstance(given[name], Tensor))
-    x, axes = given[first], stays[first]
+    whole, axes = function(**given), stays[first]
     for name, found in stays.items():
         for i, stay in found.items():
-            given[name] = given[name].index_select(i, stay.nonzero().flatten().to(x.device))
+            given[name] = given[name].index_select(i, stay.nonzero().flatten().to(given[name].device))
     if "normalized_shape" in given:
         given["normalized_shape"] = list(given[first].shape[-len(given["normalized_shape"]) :])
     if "C" in given:
         given["C"], given["group"] = _groups_left(given["group"], axes[1])
     out = function(**given)
 
-    def spread(y: Any) -> Any:
-        if (
-            not isinstance(y, Tensor)
-            or y.ndim != x.ndim
-            or any(y.shape[i] == 1 < len(s) for i, s in axes.items())
-        ):
+    def spread(y: Any, like: Any) -> Any:
+        if not isinstance(y, Tensor) or y.ndim != given[first].ndim:
             return y
         for i, stay in axes.items():
-            shape = list(y.shape)
-            shape[i] = len(stay)
-            y = y.new_zeros(shape).index_copy(i, stay.nonzero().flatten().to(y.device), y)
+            if like.shape[i] == len(stay):  # else it is a number for all of them
+                shape = list(y.shape)
+                shape[i] = len(stay)
+                y = y.new_zeros(shape).index_copy(i, stay.nonzero().flatten().to(y.device), y)
         return y
 
-    return tuple(map(spread, out)) if isinstance(out, tuple) else spread(out)
+    return tuple(map(spread, out, whole)) if isinstance(out, tuple) else spread(out, whole)
 
 
 def _groups_left(groups: int, stay: Tensor) -> tuple[int, int]:

@@ -153,7 +153,7 @@ class Network:
         bounds = np.flatnonzero(np.diff(roots, prepend=-1, append=-1))
         families: dict[tuple, list[tuple[int, int]]] = defaultdict(list)
         for low, high in pairwise(bounds.tolist()):
-            families[tuple(dict.fromkeys(codes[low:high].tolist()))].append((low, high))
+            families[tuple(codes[low:high].tolist())].append((low, high))
         return self._named(families, roots, codes, places)
 
     def _named(
@@ -180,7 +180,7 @@ class Network:
             rows = np.concatenate([np.arange(low, high) for low, high in spans])
             own = roots[[low for low, _ in spans]]
             members = []
-            for code in signature:
+            for code in dict.fromkeys(signature):
                 here = codes[rows] == code
                 tensor, axis, ids = self._at(code)
                 members.append(

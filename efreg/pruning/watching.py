@@ -215,7 +215,7 @@ class Run(Mode):
         self, found: Watched, model: nn.Module, named: dict[int, tuple[str, Tensor]], training: bool
     ):
         super().__init__()
-        from efreg.pruning.rules import RULES, is_uniform, rule_of
+        from efreg.pruning.rules import RULES, is_always, rule_of
 
         self.ids = found.ids
         self.stack: list[str] = []
@@ -230,7 +230,7 @@ class Run(Mode):
         self._readings: list[tuple[Axis, Mask]] = []
         self._alike: dict[bytes, list[np.ndarray]] = {}
         self.seen: set[str] = set()
-        self._rule_of, self._is_uniform, self._unknown = rule_of, is_uniform, RULES["unknown"]
+        self._rule_of, self._is_always, self._unknown = rule_of, is_always, RULES["unknown"]
         self.found = found
         self._named = named
         self._training = training
@@ -253,7 +253,7 @@ class Run(Mode):
             if id(x) in self._named:
                 self.seen.add(self._named[id(x)][0])
         self._mark_outputs(out, inputs)
-        if self._is_uniform(function) or any(any(axis is not None for axis in self.axes(x)) for x in inputs):
+        if self._is_always(function) or any(any(axis is not None for axis in self.axes(x)) for x in inputs):
             self._follow(function, out, given)
         return out
 

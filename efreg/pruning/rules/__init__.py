@@ -21,26 +21,28 @@ RULES: dict[str, Rule] = {}
 """By the name of the ATen operation; one in place, with a trailing underscore, has the rule of its twin."""
 
 
-UNIFORM: set[str] = set()
-"""The operations that give ids to axes along which all numbers are alike, wherever these come from."""
+ALWAYS: set[str] = set()
+"""The operations that are followed though none of their inputs has ids: they give ids to axes along which all
+numbers are alike, or have a cost.
+"""
 
 
-def rule(*operations: str, uniform: bool = False) -> Callable[[Rule], Rule]:
-    """Registers a function as the rule of these operations. uniform: see `UNIFORM`."""
+def rule(*operations: str, always: bool = False) -> Callable[[Rule], Rule]:
+    """Registers a function as the rule of these operations. always: see `ALWAYS`."""
 
     def register(function: Rule) -> Rule:
         for operation in operations:
             assert operation not in RULES, f"{operation} has two rules"
             RULES[operation] = function
-        UNIFORM.update(operations if uniform else ())
+        ALWAYS.update(operations if always else ())
         return function
 
     return register
 
 
-def is_uniform(operation: OpOverload) -> bool:
-    """Whether an operation gives ids that none of its inputs has."""
-    return operation._schema.name.removeprefix("aten::") in UNIFORM
+def is_always(operation: OpOverload) -> bool:
+    """Whether an operation is followed though none of its inputs has ids."""
+    return operation._schema.name.removeprefix("aten::") in ALWAYS
 
 
 def name_of(operation: OpOverload) -> str:

@@ -13,7 +13,7 @@ from efreg.pruning.rules import Outputs, rule
 from efreg.pruning.watching import Run
 
 
-@rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution")
+@rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution", always=True)
 def convolution(
     run: Run,
     out: Tensor,
@@ -99,17 +99,17 @@ def deform_convolution(
     convolution(run, out, input, weight, bias, groups=groups)
 
 
-@rule("mm", "bmm")
+@rule("mm", "bmm", always=True)
 def mm(run: Run, out: Tensor, self: Tensor, mat2: Tensor, **_: Any) -> None:
     _product(run, out, self, mat2, "self", "mat2")
 
 
-@rule("addmm")
+@rule("addmm", always=True)
 def addmm(run: Run, out: Tensor, self: Tensor, mat1: Tensor, mat2: Tensor, **_: Any) -> None:
     _product(run, out, mat1, mat2, "mat1", "mat2", self)
 
 
-@rule("baddbmm")
+@rule("baddbmm", always=True)
 def baddbmm(run: Run, out: Tensor, self: Tensor, batch1: Tensor, batch2: Tensor, **_: Any) -> None:
     _product(run, out, batch1, batch2, "batch1", "batch2", self)
 
@@ -131,7 +131,7 @@ def dot(run: Run, out: Tensor, function: OpOverload, **given: Any) -> None:
     run.contract(a, 0, argument=name)
 
 
-@rule("linear")
+@rule("linear", always=True)
 def linear(
     run: Run, out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any
 ) -> None:
@@ -197,6 +197,7 @@ def _add(run: Run, axes: list[Axis], added: Tensor) -> bool:
     "_scaled_dot_product_fused_attention_overrideable",
     "_scaled_dot_product_attention_math",
     "_scaled_dot_product_attention_math_for_mps",
+    always=True,
 )
 def attention(
     run: Run,

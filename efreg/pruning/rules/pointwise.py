@@ -132,7 +132,7 @@ def zeros_like(run: Run, out: Tensor, self: Tensor, **_: Any) -> None:
 @rule(
     *("empty", "empty_strided", "new_empty", "new_empty_strided", "zeros", "new_zeros"),
     *("ones", "new_ones", "full", "new_full", "rand", "randn"),
-    uniform=True,
+    always=True,
 )
 def uniform(run: Run, out: Tensor, function: OpOverload, **_: Any) -> None:
     """The same number everywhere, or dice: whatever its axes meet, they go with it."""

@@ -137,7 +137,7 @@ def squeeze(run: Run, out: Tensor, self: Tensor, dim: int | None = None, **_: An
     run.name(out, [axis for i, axis in enumerate(axes) if i not in gone])
 
 
-@rule("expand", uniform=True)
+@rule("expand", always=True)
 def expand(run: Run, out: Tensor, self: Tensor, **_: Any) -> None:
     """New axes, and those that were of length 1, go with whatever they meet."""
     axes = [None] * (out.ndim - self.ndim) + list(run.axes(self))
