@@ -1,0 +1,176 @@
+"""Random networks: what is cut computes what the network does when nobody reads what went."""
+
+import copy
+import logging
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+import torch
+from grammar import Sketch, sketches
+from hypothesis import given, note
+from hypothesis import strategies as st
+from parts import PARTS, part, recorded
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import efreg
+from efreg.groups import tensor_of
+
+TOLERANCE = 1e-9
+"""Relative to max|output|, in float64: norms of few numbers, one behind the other, make roundings large."""
+
+REFUSALS = (ValueError, efreg.PruningError)
+
+
+REQUESTS = st.fixed_dictionaries(
+    {"ratio": st.sampled_from([0.5, 0.3, 0.8])},
+    optional={"ranking": st.just("global"), "round_to": st.just(2), "coupled": st.just(False)},
+)
+
+
+@pytest.mark.parametrize("number", PARTS)
+def test_networks(number, tmp_path, record_property):
+    """Planned, pruned, moved, saved and loaded, and pruned again."""
+    counts = Counter()
+
+    @part(number)
+    @given(sketches(), REQUESTS)
+    def hold(sketch: Sketch, request: dict):
+        counts["networks"] += 1
+        model, x = sketch.build(), sketch.inputs()
+        with nothing_said():
+            plan = planned(model, x, request)
+            if plan is None:
+                counts["refused"] += 1
+                return
+            note(str(plan))
+            counts["left out"] += bool(plan.left_out)
+            counts["coupled"] += any(len(c.group.of("writes")) > 1 for c in plan.cuts)
+            small = hold_cut(sketch, model, plan, x)
+            if small is None:
+                counts["unprovable"] += 1
+                return
+            hold_loaded(sketch, small, x, tmp_path / "small.safetensors")
+            again = planned(small, x, {"ratio": 0.5})
+            if again is not None:
+                counts["cut twice"] += hold_cut(sketch, small, again, x) is not None
+
+    hold()
+    recorded(counts, record_property)
+    assert counts["refused"] < 0.2 * counts["networks"]
+    assert counts["coupled"] > 0.3 * counts["networks"]
+    assert counts["cut twice"] > 0.3 * counts["networks"]
+
+
+def planned(model: nn.Module, x: torch.Tensor, request: dict) -> efreg.Plan | None:
+    """The plan, None where there is none; what is refused is named."""
+    try:
+        plan = efreg.plan(model, **request, example_inputs=x)
+    except REFUSALS as error:
+        names = [name for name, _ in (*model.named_modules(), *model.named_parameters()) if name]
+        assert any(repr(name) in str(error) for name in names) or "cannot be proven" in str(error), error
+        return None
+    return plan if plan.cuts else None
+
+
+def hold_cut(sketch: Sketch, model: nn.Module, plan: efreg.Plan, x: torch.Tensor) -> nn.Module | None:
+    """What is left, once it holds; None where outputs no longer depend on the images, which prove nothing."""
+    optimizer = with_momentum(model)
+    before = {name: optimizer.state[p]["momentum_buffer"] for name, p in model.named_parameters()}
+    try:
+        small = efreg.prune(model, plan, example_inputs=x, optimizer=optimizer)
+    except efreg.PruningError as error:
+        assert str(error).startswith("the network cannot be proven"), error
+        return None
+    hold_outputs(sketch, model, plan, small)
+    hold_costs(model, plan, small, x)
+    for name, parameter in small.named_parameters():
+        places = found_in(model.get_parameter(name), parameter, name)
+        momentum = optimizer.state[parameter]["momentum_buffer"]
+        assert torch.equal(momentum, before[name].flatten()[places]), f"momentum of {name}"
+    return small
+
+
+def with_momentum(model: nn.Module) -> torch.optim.SGD:
+    """An optimizer of the network, with random momentum."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for parameter in model.parameters():
+        optimizer.state[parameter]["momentum_buffer"] = torch.randn_like(parameter)
+    return optimizer
+
+
+def hold_outputs(sketch: Sketch, model: nn.Module, plan: efreg.Plan, small: nn.Module) -> None:
+    """In eval and train mode the outputs are those of the given network in which nobody reads what went."""
+    reference, small, x = (
+        unread(model, plan, silenced=sketch.multiplies),
+        copy.deepcopy(small),
+        sketch.inputs(),
+    )
+    for training in (False, True):
+        for expected, found in zip(reference.train(training)(x), small.train(training)(x), strict=True):
+            assert found.shape == expected.shape
+            apart = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
+            assert apart < TOLERANCE, f"outputs lie {apart:.1e} apart, training={training}"
+
+
+@torch.no_grad()
+def unread(model: nn.Module, plan: efreg.Plan, *, silenced: bool) -> nn.Module:
+    """A copy in which the columns that read what goes are zero; where there are none, the rows."""
+    filters, model = plan.filters(model), copy.deepcopy(model)
+    for group in plan.groups(model, members=True):
+        parts = ["reads"] if group.of("reads") else []
+        parts += ["writes", "carries"] if silenced or not parts else []
+        for member in (member for what in parts for member in group.of(what)):
+            places = member.index[torch.isin(member.unit, torch.tensor(filters[group.name]))]
+            tensor_of(model, member.tensor).index_fill_(member.axis, places, 0)
+    return model
+
+
+def hold_costs(model: nn.Module, plan: efreg.Plan, small: nn.Module, x: torch.Tensor) -> None:
+    """Parameters and multiply-accumulates are as the plan says, before and after."""
+    assert plan.parameters == tuple(sum(p.numel() for p in net.parameters()) for net in (model, small))
+    counted = []
+    for network in (model, small):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            copy.deepcopy(network).train()(x)
+        counted.append(counter.get_total_flops() // 2)
+    assert plan.macs == tuple(counted)
+
+
+@torch.no_grad()
+def found_in(whole: torch.Tensor, part: torch.Tensor, name: str) -> torch.Tensor:
+    """Where the numbers of a part lie in the whole, flat: along each axis at some of the places, in order."""
+    values, order = whole.flatten().sort()
+    places = order[torch.searchsorted(values, part.flatten()).clamp_max(len(values) - 1)].view(part.shape)
+    assert torch.equal(whole.flatten()[places], part), f"{name} has numbers of its own"
+    for axis, along in enumerate(torch.unravel_index(places, whole.shape)):
+        lines = along.movedim(axis, 0).reshape(part.shape[axis], -1)
+        assert (lines == lines[:, :1]).all() and (lines[:, 0].diff() > 0).all(), f"{name} is out of order"
+    return places
+
+
+def hold_loaded(sketch: Sketch, small: nn.Module, x: torch.Tensor, path) -> None:
+    """Saved, and loaded into the full-size network, it computes the same to the bit."""
+    efreg.save(small, path)
+    loaded = efreg.load(sketch.build(), path)
+    outputs = (copy.deepcopy(network).eval()(x) for network in (small, loaded))
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+@contextmanager
+def nothing_said():
+    """No rule for an operation fails: all is frozen then, as where there is none, and said at DEBUG alone."""
+    said, logger = [], logging.getLogger("efreg")
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    assert not [message for message in said if message.startswith("the rule of")]
