@@ -12,6 +12,7 @@ import pytest
 import timm.utils
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import efreg
 from efreg.force import steps
@@ -512,6 +513,26 @@ def test_a_layer_that_joins_the_optimizer_later_is_charged_then(net):
     optimizer.step()
     torch.testing.assert_close(force.charges()["2"].coefficient, expected, rtol=1e-9, atol=0)
     assert torch.equal(force.charges()["0"].coefficient, first)
+
+
+@pytest.mark.parametrize("update", ["gradient", "proximal"])
+def test_a_step_whose_closure_raises_does_not_count(net, update):
+    """Charges that it would have taken are taken by the next one."""
+    force = efreg.attach(net, 1.0, law="l1", update=update)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def closure():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    assert force.steps == 0
+    before = net[0].weight.clone()
+    net[0].weight.grad = torch.zeros_like(before)
+    optimizer.step()
+    expected = {"gradient": before - 0.1 * before.sign(), "proximal": F.softshrink(before, 0.1)}
+    torch.testing.assert_close(net[0].weight.detach(), expected[update].detach())
+    assert force.steps == 1
 
 
 def test_learning_rates_of_a_loaded_optimizer_state_count(net):

@@ -107,6 +107,7 @@ class Batch:
             f.place.clock = self.clock
         self.maximize = maximizes(first.parameter, owners)
         self._due: Charging | None = None
+        self._age: int | None = None
         self._begins = self._stilled = False
         spans = [Span.here(f, shelf) for f in self.found]
         self._rows, self._slices = rows_of(spans), {i: s for i, s in enumerate(spans) if not s.is_all}
@@ -132,7 +133,7 @@ class Batch:
         return self.charging is not None and (age is None or refresh == 1 or bool(refresh and age >= refresh))
 
     def begin(self, refresh: int | None) -> None:
-        """One more step: finds out whether charges are to be taken in it."""
+        """A step begins: finds out whether charges are to be taken in it. It counts once it has ended."""
         age = self.clock.age
         self._begins, self._due = age is None, self.charging if self.will_be_due(refresh) else None
         if refresh != 1 and (refresh or self._due) and capturing(self.device):
@@ -140,8 +141,12 @@ class Batch:
                 f"refresh={refresh} counts steps, which the replays of a CUDA graph do not: "
                 "capture with refresh=1, or with refresh=None after a step that has taken the charges"
             )
+        self._age = 1 if age is None or self._due else age + 1
+
+    def end(self) -> None:
+        """The step has ended, and counts."""
         self.clock.served += 1
-        self.clock.age = 1 if age is None or self._due else age + 1
+        self.clock.age = self._age
 
     @property
     def is_due(self) -> bool:

@@ -117,14 +117,14 @@ class Serving:
 
     def after_step(self, optimizer: Optimizer, step: int) -> None:
         """The post hook of every optimizer step."""
-        claimed = self._nest.claims.pop(step, [])
-        if self.update == "proximal":
-            for batch, strength in claimed:
+        for batch, strength in self._nest.claims.pop(step, []):
+            if self.update == "proximal":
                 found_inf = getattr(optimizer, "found_inf", None)
                 rates = batch.rates(self.law, strength)
                 batch.shrink(self.unit_law, rates, found_inf, self._most(strength))
                 if self.law.ends(strength):
                     batch.still(optimizer)
+            batch.end()
 
     # A loop of the user's own
 
@@ -135,6 +135,7 @@ class Serving:
         batches = self._all_of_them()
         for batch, strength in zip(batches, self._begin(batches)):
             batch.pull(self.unit_law, times(strength, scale), self._most(strength), again=True)
+            batch.end()
 
     def shrink(self, lr: Factor) -> None:
         """One step of all that there is, on the weights."""
@@ -145,6 +146,7 @@ class Serving:
             batch.charge(self.unit_law)
             rates = [times(lr, strength) if self.law.paced else strength] * len(batch.found)
             batch.shrink(self.unit_law, rates, None, self._most(strength))
+            batch.end()
 
     # What there is
 
@@ -218,7 +220,7 @@ class Serving:
     # Behind the hooks
 
     def _begin(self, batches: Sequence[Batch]) -> list[Factor]:
-        """Looks at α, and counts the step. The α of each batch."""
+        """Looks at α, and at whether charges are due. The α of each batch."""
         return [self._begun(batch) for batch in batches]
 
     def _begun(self, batch: Batch) -> Factor:
