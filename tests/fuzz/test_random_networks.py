@@ -64,6 +64,32 @@ def test_networks(number, tmp_path, record_property):
     assert counts["cut twice"] > 0.3 * counts["networks"]
 
 
+@pytest.mark.parametrize("number", PARTS)
+def test_exports(number, record_property):
+    """What is left goes through torch.export, and computes the same there."""
+    counts = Counter()
+
+    @part(number, 2)
+    @given(sketches())
+    def hold(sketch: Sketch):
+        model, x = sketch.build(), sketch.inputs()
+        plan = planned(model, x, {"ratio": 0.5})
+        if plan is None:
+            return
+        try:
+            small = efreg.prune(model, plan, example_inputs=x).eval()
+        except efreg.PruningError as error:
+            assert str(error).startswith("the network cannot be proven"), error
+            return
+        exported = torch.export.export(small, (x,)).module()
+        for found, expected in zip(exported(x), small(x), strict=True):
+            torch.testing.assert_close(found, expected)
+        counts["exported"] += 1
+
+    hold()
+    recorded(counts, record_property)
+
+
 def planned(model: nn.Module, x: torch.Tensor, request: dict) -> efreg.Plan | None:
     """The plan, None where there is none; what is refused is named."""
     try:
