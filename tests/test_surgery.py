@@ -79,9 +79,9 @@ def test_resnet56_reaches_the_paper_speedups(ratio, channels, after, speedup):
     ("classes", "ratio", "after", "speedup"),
     [
         (100, 0.65, 58_147_100, "6.848"),
-        (100, 0.70, 44_784_324, "8.891"),
-        (10, 0.5, None, "3.610"),
-        (10, 0.6, None, "5.425"),
+        pytest.param(100, 0.70, 44_784_324, "8.891", marks=pytest.mark.slow),
+        pytest.param(10, 0.5, None, "3.610", marks=pytest.mark.slow),
+        pytest.param(10, 0.6, None, "5.425", marks=pytest.mark.slow),
     ],
 )
 def test_vgg19_reaches_the_paper_speedups(classes, ratio, after, speedup):
