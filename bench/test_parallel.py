@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 import efreg
 from efreg.lab import models
 
-PROCESSES, BATCH, ROUNDS = 2, 8, 30
+PROCESSES, BATCH, ROUNDS = 2, 16, 30
 WITHOUT = "without the force"
 WAYS = {"DDP": DistributedDataParallel, "FSDP2": fully_shard}
 

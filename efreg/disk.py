@@ -12,6 +12,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+CHECKSUM = "sha256"
+"""The key under which content holds the checksum of all else in it."""
+
 
 @contextmanager
 def replacing(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO]:
@@ -38,6 +41,23 @@ def replacing(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO]:
     finally:
         with suppress(OSError):
             part.unlink()
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with its checksum."""
+    return {**content, CHECKSUM: checksum(content)}
+
+
+def unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of `sealed`, or of before there were checksums.
+
+    Raises ValueError where the checksum is of other content.
+    """
+    found = dict(content)
+    told = found.pop(CHECKSUM, None)
+    if told is not None and told != checksum(found):
+        raise ValueError("its checksum is of other content")
+    return found
 
 
 def checksum(content: Any) -> str:

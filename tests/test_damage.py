@@ -14,7 +14,7 @@ from networks import assert_same, lively, snapshot
 from torch import nn
 
 import efreg
-from efreg import cli
+from efreg import cli, disk
 from efreg.lab import checkpoints, engine
 from efreg.lab.checkpoints import Checkpoint, Settings
 
@@ -162,11 +162,11 @@ def test_files_of_before_checksums_load(written):
     file, path, content = written
     if path.suffix == ".pt":
         old = torch.load(path, weights_only=True)
-        del old[checkpoints.CHECKSUM]
+        del old[disk.CHECKSUM]
         torch.save(old, path)
     elif path.suffix == ".json":
         old = json.loads(content)
-        del old["sha256"]
+        del old[disk.CHECKSUM]
         path.write_text(json.dumps(old))
     else:
         with safetensors.safe_open(path, "pt") as opened:
@@ -314,6 +314,7 @@ ABSURD = {
     "a group of nothing": in_first(members=[]),
     "a group without a size": in_first(size=None),
     "a run without end": in_member(index=[[0, 0, 10**15]], unit=[[0, 0, 10**15]]),
+    "runs that cancel out": in_member(index=[[0, 1, 10**15], [0, 1, 12 - 10**15]]),
     "a run of halves": in_member(index=[[0, 0.5, 12]]),
     "a run of words": in_member(index=[["0", 1, 12]]),
     "a run beyond its axis": in_member(index=[[1, 1, 12]]),
@@ -335,7 +336,7 @@ def test_a_plan_with_absurd_numbers_is_refused(change, tmp_path):
     path = tmp_path / "plan.json"
     PlanFile(path)
     plan = json.loads(path.read_text())
-    del plan["sha256"]
+    del plan[disk.CHECKSUM]
     change(plan)
     path.write_text(json.dumps(plan))
     with pytest.raises(ValueError, match=f"{path} is no plan that efreg has saved"):
@@ -356,7 +357,7 @@ def test_a_plan_of_paths_is_of_another_model(tmp_path):
     file = PlanFile(path)
     path.write_text(path.read_text().replace('"0.weight"', '"../../0.weight"').replace('"0"', '"../../0"'))
     plan = json.loads(path.read_text())
-    del plan["sha256"]
+    del plan[disk.CHECKSUM]
     path.write_text(json.dumps(plan))
     before = snapshot(file.net)
     with pytest.raises(ValueError, match="another model: '../../0.weight' had 12 filters there; .* none"):

@@ -9,13 +9,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from efreg.disk import checksum, replacing
+from efreg.disk import replacing, sealed, unsealed
 from efreg.pruning.files import read_tensors
 
 FORMAT = "efreg checkpoint 1"
-
-CHECKSUM = "sha256"
-"""The key of the checksum of all else that a checkpoint holds."""
 
 LARGEST = 2**24
 """As many numbers has no image that the lab trains on."""
@@ -47,7 +44,7 @@ class Settings:
     nested: tuple[float, ...] = ()
     distil: str | None = None
     backend: str = "auto"
-    ratio: float | None = None
+    ratio: float | str | None = None
     ratios: str | None = None
     skip: tuple[str, ...] = ()
     schedule: str = "cosine"
@@ -92,7 +89,7 @@ def save(checkpoint: Checkpoint, path: str | Path) -> None:
     """Write a checkpoint; whatever happens midway, `path` holds the old one or the new one."""
     content = {**vars(checkpoint), "settings": asdict(checkpoint.settings), "format": FORMAT}
     with replacing(path) as file:
-        torch.save({**content, CHECKSUM: checksum(content)}, file)
+        torch.save(sealed(content), file)
 
 
 def load(path: str | Path) -> Checkpoint:
@@ -129,7 +126,7 @@ def _is_of(value: Any, hint: Any) -> bool:
     if isinstance(hint, UnionType):
         return any(_is_of(value, one) for one in get_args(hint))
     kind = get_origin(hint) or hint
-    return type(value) in (int, float) if kind is float else isinstance(value, kind)
+    return isinstance(value, {float: (int, float), tuple: (tuple, list)}.get(kind, kind))
 
 
 def _require_plausible(checkpoint: Checkpoint) -> None:
@@ -167,9 +164,7 @@ def read(path: str | Path) -> Any:
         if path.suffix == ".safetensors":
             return read_tensors(path)[0]
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if _is_checkpoint(content) and content.pop(CHECKSUM, None) not in (None, checksum(content)):
-            raise ValueError("its checksum is of other content")
-        return content
+        return unsealed(content) if _is_checkpoint(content) else content
     except Exception as error:  # a damaged file can raise nearly anything
         raise ValueError(
             f"{path} is damaged, or is no file of tensors alone ({type(error).__name__}): write it again, "

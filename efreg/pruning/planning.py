@@ -36,7 +36,7 @@ def plan(
     model: nn.Module,
     ratios: Ratios | None = None,
     *,
-    ratio: float | None = None,
+    ratio: float | str | None = None,
     speedup: float | None = None,
     params: float | None = None,
     dead: bool = False,

@@ -11,14 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efreg.disk import checksum, replacing
+from efreg.disk import replacing, sealed, unsealed
 from efreg.groups import PARTS, Group, Member, tensor_of, unwrap
 from efreg.pruning.choosing import IMPORTANCES, Importance, ranks, smallest
 
 FORMAT = 1
-
-CHECKSUM = "sha256"
-"""The key of the checksum of all else that a file holds."""
 
 LONGEST = 2**24
 """More places has no axis that units lie on; a file that tells of more is none of ours."""
@@ -242,15 +239,13 @@ class Plan:
             "left_out": [{"group": _written(x.group), "reason": x.reason} for x in self.left_out],
         }
         with replacing(path, "w") as file:
-            json.dump({**written, CHECKSUM: checksum(written)}, file)
+            json.dump(sealed(written), file)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Plan":
         """Reads what `save` wrote. Raises FileNotFoundError, and ValueError for anything that is no plan."""
         try:
-            found = json.loads(Path(path).read_text())
-            if found.pop(CHECKSUM, None) not in (None, checksum(found)):
-                raise ValueError("its checksum is of other content")
+            found = unsealed(json.loads(Path(path).read_text()))
             if found.pop("format") != FORMAT:
                 raise KeyError("format")
             if found["importance"] not in IMPORTANCES:
@@ -280,7 +275,7 @@ def _whole(*numbers: Any) -> tuple[int, ...]:
 def _pair(written: list[int]) -> tuple[int, int]:
     """MACs or parameters, before and after. Raises ValueError for anything else."""
     before, after = _whole(*written)
-    if not before >= after > 0:
+    if min(before, after) < 1:
         raise ValueError(f"{written} are no numbers before and after")
     return before, after
 
@@ -347,8 +342,9 @@ def _runs(numbers: Tensor) -> list[list[int]]:
 def _numbers(runs: list[list[int]], below: int) -> Tensor:
     """What `_runs` was given. Raises ValueError for anything but whole numbers from 0 to below - 1."""
     _whole(below, *chain(*runs))
-    if sum(count for *_, count in runs) > LONGEST:
-        raise ValueError(f"no axis has more than {LONGEST} places")
+    counts = [count for *_, count in runs]
+    if min(counts, default=1) < 1 or sum(counts) > LONGEST:
+        raise ValueError(f"{runs} are not 1 to {LONGEST} numbers")
     numbers = [first + step * i for first, step, count in runs for i in range(count)]
     if not all(0 <= number < below for number in numbers):
         raise ValueError(f"{runs} go beyond {below}")

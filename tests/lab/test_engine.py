@@ -22,6 +22,7 @@ from rich.console import Console
 from torch import nn
 
 import efreg
+from efreg import disk
 from efreg.cli import training
 from efreg.lab import checkpoints, data, engine, graphs, logs, models
 from efreg.lab.checkpoints import Checkpoint, Settings
@@ -642,7 +643,7 @@ def test_nothing_in_a_file_is_run(tmp_path):
 )
 def test_a_checkpoint_of_another_version(change, saved):
     content = torch.load(saved, weights_only=True) | change
-    del content[checkpoints.CHECKSUM]
+    del content[disk.CHECKSUM]
     torch.save({name: value for name, value in content.items() if name != "shape" or value}, saved)
     with pytest.raises(
         ValueError, match=f"{saved} was written by another version of efreg .*: train it again"
