@@ -24,7 +24,7 @@ def steps(way, refresh):
     torch.set_flush_denormal(True)
     torch.set_num_threads(1)
     first = models.vgg19(num_classes=10)
-    networks = {WITHOUT: WAYS[way](first), "with": WAYS[way](copy.deepcopy(first))}
+    networks = {name: WAYS[way](copy.deepcopy(first)) for name in (WITHOUT, "with")}
     efreg.attach(networks["with"], alpha=1e-14, refresh=refresh)
     return {name: step(network) for name, network in networks.items()}
 
@@ -70,7 +70,7 @@ def test_step_of_two_processes(side_by_side, tmp_path, way, refresh):
     """One thread each; the batch is that of each process."""
     context = torch.multiprocessing.get_context("spawn")
     there, told = context.Pipe(duplex=False)
-    other = context.Process(target=follow, args=(str(tmp_path), way, refresh, there))
+    other = context.Process(target=follow, args=(str(tmp_path), way, refresh, there), daemon=True)
     threads = torch.get_num_threads()
     other.start()
     join(0, tmp_path)

@@ -74,7 +74,7 @@ class PlanFile:
 
 
 class CheckpointFile:
-    """A run after a step: weights, momentum, charges."""
+    """A run after a step: weights, momentum, charges; settings as the console gives them."""
 
     name = "checkpoint.pt"
 
@@ -85,7 +85,8 @@ class CheckpointFile:
         net(X).sum().backward()
         optimizer.step()
         states = net.state_dict(), 1, [{"epoch": 1, "loss": 0.5}], optimizer.state_dict(), force.state_dict()
-        self.written = Checkpoint(Settings(), 8, (3, 8, 8), *states)
+        settings = Settings(ratio="0.5", skip=["1.0"], nested=[0, 0.5])
+        self.written = Checkpoint(settings, 8, (3, 8, 8), *states)
         checkpoints.save(self.written, path)
 
     def require_right(self, path):
