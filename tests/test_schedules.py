@@ -109,6 +109,7 @@ def test_a_scaler_scales_it_once_more():
         net.weight.grad = torch.zeros_like(net.weight)
         force._serving.before_step(optimizer, (optimizer,), {}, step=0, outermost=True)
         torch.testing.assert_close(net.weight.grad, scale * ALPHAS[step] * net.weight.detach().sign())
+        force._serving.after_step(optimizer, step=0)
 
 
 def test_a_step_that_wraps_another_optimizers_counts_once():
