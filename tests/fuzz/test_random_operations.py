@@ -180,7 +180,7 @@ def hold_charges(backend, case: Case, made: Tensors) -> None:
     law, eps = case.law, torch.finfo(accumulator(case.dtype)).eps
     charges = made.groups.charges(*backend.measure(made.groups.rows, sign="count", norm=True))
     m, s, norms = map(made.groups.split, (charges.magnitude, charges.sign, charges.norm))
-    before, made.grads = made.grads, [None if g is None else g.clone() for g in made.grads]
+    before = doubled(made.grads)
     backend.force(made.grads, made.rows, made.groups, made.coefficients, law, scale=case.scale)
     for g, (size, start) in enumerate(zip(made.sizes, made.starts, strict=True)):
         units = made.of_units(g)
@@ -191,7 +191,12 @@ def hold_charges(backend, case: Case, made: Tensors) -> None:
         expected = formulas.coefficients(law, law.alpha, m[g].tolist(), s[g].tolist(), len(units[0]))
         close(made.coefficients[start : start + size], expected, roundings(law, size) * eps)
         assert made.coefficients[start - GAP : start].isinf().all(), "what is nobody's was written"
-    hold_grads(backend, case, made, before, law.direction)
+    hold_grads(backend, made, before, law.direction, case.scale)
+
+
+def doubled(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """Copies in float64."""
+    return [None if x is None else x.to(torch.float64, copy=True) for x in tensors]
 
 
 def close(found: Tensor, expected: list[float], rtol: float) -> None:
@@ -204,26 +209,27 @@ def roundings(law: efreg.Law, size: int) -> float:
 
 
 def hold_pulled(backend, case: Case, made: Tensors) -> None:
-    before, made.grads = made.grads, [None if g is None else g.clone() for g in made.grads]
-    backend.pull(made.grads, made.rows, made.coefficients, scale=abs(case.scale), direction=case.direction)
-    hold_grads(backend, case, made, before, case.direction, abs(case.scale))
+    before = doubled(made.grads)
+    scale = abs(case.scale)  # a share is none below 0
+    backend.pull(made.grads, made.rows, made.coefficients, scale=scale, direction=case.direction)
+    hold_grads(backend, made, before, case.direction, scale)
 
 
-def hold_grads(backend, case, made, before, direction, scale=None) -> None:
+def hold_grads(backend, made: Tensors, before: list[Tensor | None], direction: str, scale: float) -> None:
     """g + scale · c_n · sgn(w), or its twins, each row by the coefficients that were found."""
     for i, (grad, found) in enumerate(zip(before, made.grads, strict=True)):
         if grad is None:
             assert found is None
             continue
         weight, dim = made.rows.tensors[i].double(), made.rows.dims[i]
-        added = formulas.pull(weight, grad.double(), dim, (scale or case.scale) * made.of_row(i), direction)
-        hold_close(backend, found, grad.double() + added, grad.double().abs() + added.abs(), dim, direction)
+        added = formulas.pull(weight, grad, dim, scale * made.of_row(i), direction)
+        hold_close(backend, found, grad + added, grad.abs() + added.abs(), dim, direction)
 
 
 def hold_shrunk(backend, case: Case, made: Tensors) -> None:
     """sgn(w) · max(|w| − rate · c_n, 0), or its twins, each row at a rate of its own."""
     rates = [0.01 * (i + 1) for i in range(len(made.rows.tensors))]
-    before = [weight.to(torch.float64, copy=True) for weight in made.rows.tensors]
+    before = doubled(made.rows.tensors)
     backend.shrink(made.rows, made.coefficients, rates=rates, direction=case.direction)
     for i, (weight, rate) in enumerate(zip(before, rates, strict=True)):
         found, dim, t = made.rows.tensors[i], made.rows.dims[i], rate * made.of_row(i)
