@@ -24,7 +24,7 @@ X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 def network():
     """Its groups are numbers that a file tells, its last weight has two names."""
     net = nn.Sequential(
-        nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 12, 3, groups=4), nn.ReLU(), nn.Conv2d(12, 8, 1)
+        nn.Conv2d(3, 36, 3), nn.ReLU(), nn.Conv2d(36, 36, 3, groups=4), nn.ReLU(), nn.Conv2d(36, 8, 1)
     )
     net.append(nn.Conv2d(8, 8, 1)).append(nn.Conv2d(8, 8, 1))
     net[6].weight = net[5].weight
@@ -315,12 +315,12 @@ ABSURD = {
     "a group of nothing": in_first(members=[]),
     "a group without a size": in_first(size=None),
     "a run without end": in_member(index=[[0, 0, 10**15]], unit=[[0, 0, 10**15]]),
-    "runs that cancel out": in_member(index=[[0, 1, 10**15], [0, 1, 12 - 10**15]]),
-    "a run of halves": in_member(index=[[0, 0.5, 12]]),
-    "a run of words": in_member(index=[["0", 1, 12]]),
-    "a run beyond its axis": in_member(index=[[1, 1, 12]]),
-    "a run below it": in_member(index=[[-1, 1, 12]]),
-    "a run of numbers beyond numbers": in_member(index=[[10**30, 1, 12]], length=10**31),
+    "runs that cancel out": in_member(index=[[0, 1, 10**15], [0, 1, 36 - 10**15]]),
+    "a run of halves": in_member(index=[[0, 0.5, 36]]),
+    "a run of words": in_member(index=[["0", 1, 36]]),
+    "a run beyond its axis": in_member(index=[[1, 1, 36]]),
+    "a run below it": in_member(index=[[-1, 1, 36]]),
+    "a run of numbers beyond numbers": in_member(index=[[10**30, 1, 36]], length=10**31),
     "more places than units": in_member(index=[[0, 1, 11]]),
     "an unknown part": in_member(part="eats"),
     "an unknown importance": lambda plan: plan.update(importance="os.system"),
@@ -361,7 +361,7 @@ def test_a_plan_of_paths_is_of_another_model(tmp_path):
     del plan[disk.CHECKSUM]
     path.write_text(json.dumps(plan))
     before = snapshot(file.net)
-    with pytest.raises(ValueError, match="another model: '../../0.weight' had 12 filters there; .* none"):
+    with pytest.raises(ValueError, match="another model: '../../0.weight' had 36 filters there; .* none"):
         efreg.prune(file.net, efreg.Plan.load(path), example_inputs=X)
     assert_same(before, snapshot(file.net))
     assert os.listdir(tmp_path) == [path.name]
