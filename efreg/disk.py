@@ -15,6 +15,9 @@ from torch import Tensor
 CHECKSUM = "sha256"
 """The key under which content holds the checksum of all else in it."""
 
+IN_METADATA = f"efreg.{CHECKSUM}"
+"""The same, in the metadata of a safetensors file."""
+
 
 @contextmanager
 def replacing(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO]:
@@ -58,6 +61,35 @@ def unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
     if told is not None and told != checksum(found):
         raise ValueError("its checksum is of other content")
     return found
+
+
+def sealed_with(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of a safetensors file of these tensors, with the checksum of both."""
+    return {**metadata, IN_METADATA: _of_both(tensors, metadata)}
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, whoever wrote it, and its metadata without a checksum.
+
+    Raises ValueError where it is truncated or no such file, and where the checksum is of other content.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or foreign ({error}): save the model anew") from error
+    told = metadata.pop(IN_METADATA, None)
+    if told is not None and told != _of_both(tensors, metadata):
+        raise ValueError(f"{path} is damaged, its checksum is of other content: save the model anew")
+    return tensors, metadata
+
+
+def _of_both(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """A checksum that does not depend on the order, which safetensors has of its own."""
+    return checksum([dict(sorted(part.items())) for part in (tensors, metadata)])
 
 
 def checksum(content: Any) -> str:

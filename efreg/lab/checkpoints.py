@@ -9,8 +9,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from efreg.disk import replacing, sealed, unsealed
-from efreg.pruning.files import read_tensors
+from efreg.disk import read_tensors, replacing, sealed, unsealed
 
 FORMAT = "efreg checkpoint 1"
 

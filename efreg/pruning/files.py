@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from efreg.disk import checksum
+from efreg.disk import read_tensors, sealed_with
 from efreg.groups import CONVOLUTIONS, TRANSPOSED, unwrap
 from efreg.pruning.attention import as_pruned
 from efreg.pruning.cutting import counts, refit, replace
@@ -24,9 +24,6 @@ MARK = {"efreg.format": "1"}
 
 NUMBERS = "efreg.numbers"
 """The metadata with the integers of modules that no shape tells, as JSON: {module: {attribute: value}}."""
-
-CHECKSUM = "efreg.sha256"
-"""The metadata with the checksum of the tensors and of the other metadata."""
 
 EXTRA = "_extra_state"
 """How the names of what `get_extra_state` gives end."""
@@ -67,12 +64,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     network = unwrap(model)
     tensors, aliases = _once(network.state_dict())
     metadata = {**MARK, NUMBERS: json.dumps(dict(_numbers(network))), **aliases}
-    metadata[CHECKSUM] = _checksum(tensors, metadata)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # as the umask has it; safetensors lets the owner alone read
-        save_file(tensors, temporary, metadata)
+        save_file(tensors, temporary, sealed_with(tensors, metadata))
         temporary.chmod(mode)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
@@ -173,30 +169,6 @@ def _source(
     if strange:
         raise TypeError(f"{strange[0]} in the state dict is no tensor: give what model.state_dict() returns")
     return "the state dict", dict(saved), None
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, whoever wrote it, and its metadata.
-
-    Raises ValueError where it is truncated or no such file, and where `save` wrote it and it was damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or foreign ({error}): save the model anew") from error
-    told = metadata.pop(CHECKSUM, None)
-    if told is not None and told != _checksum(saved, metadata):
-        raise ValueError(f"{path} is damaged, its checksum is of other content: save the model anew")
-    return saved, metadata
-
-
-def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Of all else that a file holds, whatever its order."""
-    return checksum([dict(sorted(part.items())) for part in (tensors, metadata)])
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], Told | None]:
