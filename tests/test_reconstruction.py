@@ -1,5 +1,7 @@
 """Units chosen by what their readers lose after repair, against least squares done anew for every choice."""
 
+import json
+
 import pytest
 import torch
 from small_networks import Module, Parallel, conv_bn, head
@@ -109,7 +111,8 @@ READERS = [
 ]
 
 
-def test_units_that_have_more_columns_than_others():
+def test_units_of_several_columns():
+    """Those of one column are another group."""
     model = Module(
         lambda m, x: m.last(torch.cat([m.a(x).relu(), m.a(x).relu()[:, :3].square()], 1)),
         a=nn.Linear(6, 7),
@@ -117,8 +120,8 @@ def test_units_that_have_more_columns_than_others():
     )
     x = torch.randn(128, 6)
     (inputs,) = taken_in(model, x, model.last)
-    columns = [[n, 7 + n] if n < 3 else [n] for n in range(7)]
-    assert order_of(model, x)[:5] == greedy([(inputs, model.last.weight, columns)], 7, 5)
+    columns = [[n, 7 + n] for n in range(3)]
+    assert order_of(model, x)[:2] == greedy([(inputs, model.last.weight, columns)], 3, 2)
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -167,8 +170,11 @@ def test_a_plan_from_before_there_were_such_plans_is_read(tmp_path):
     model, x = network().eval(), torch.randn(2, 3, 8, 8)
     plan, path = efreg.plan(model, ratio=0.5, example_inputs=x), tmp_path / "plan.json"
     plan.save(path)
-    path.write_text(path.read_text().replace(', "units": null', ""))
-    assert '"units"' not in path.read_text()
+    written = json.loads(path.read_text())
+    del written["sha256"]
+    for cut in written["cuts"]:
+        del cut["units"]
+    path.write_text(json.dumps(written))
     assert efreg.Plan.load(path) == plan
 
 
