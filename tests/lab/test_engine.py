@@ -465,7 +465,8 @@ def die_in_every_way(folder):
 def killed(tmp_path_factory):
     """A folder of runs that were killed, in another process."""
     folder = tmp_path_factory.mktemp("killed")
-    sources = os.pathsep.join([str(Path(efreg.__file__).parents[1]), str(Path(__file__).parent)])
+    folders = (Path(efreg.__file__).parents[1], *Path(__file__).parents[:2])
+    sources = os.pathsep.join(map(str, folders))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": sources}
     command = [sys.executable, "-c", f"import test_engine; test_engine.die_in_every_way({str(folder)!r})"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
