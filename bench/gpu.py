@@ -196,6 +196,7 @@ def hook(model: nn.Module, backend: str, **settings):
     def call():
         torch.autograd.graph.increment_version(grads)  # as a backward pass does
         force._serving.before_step(optimizer, (optimizer,), {}, step=0, outermost=True)
+        force._serving.after_step(optimizer, 0)
 
     return force, call
 

@@ -58,6 +58,7 @@ def hook(model, law=peers.LAW, **options):
     def call():
         torch.autograd.graph.increment_version(first)  # a backward pass was here
         force._serving.before_step(optimizer, (optimizer,), {}, step=0, outermost=True)
+        force._serving.after_step(optimizer, 0)
 
     return call
 
