@@ -443,3 +443,18 @@ def test_a_schedule_of_100_steps_compiles_in_the_first_alone(net, what, update, 
             scheduler.step()
     assert captured() == compiled
     assert compiled["graphs"] > 0 and bool(compiled["backward graphs"]) == (what == "autograd")
+
+
+def test_a_gradient_in_the_place_of_another_is_pulled():
+    """The first stays as it was pulled, the second is gone, the third is new and as often written to."""
+    net = nn.ModuleList(nn.Linear(3, 2, bias=False) for _ in range(3))
+    efreg.attach(net, 1.0, law="l1", layers="*")
+    optimizer = torch.optim.SGD(net.parameters(), lr=LR)
+    for layer in net[:2]:
+        layer.weight.grad = torch.zeros_like(layer.weight)
+    optimizer.step()
+    before = net[2].weight.detach().clone()
+    net[1].weight.grad, net[2].weight.grad = None, torch.zeros_like(net[2].weight)
+    net[2].weight.grad.add_(0)
+    optimizer.step()
+    torch.testing.assert_close(net[2].weight.detach(), pulled_once(before))

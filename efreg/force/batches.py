@@ -165,8 +165,7 @@ class Batch:
         already and are left as they are, but with `again`, and in a capture, whose replays see new ones.
         """
         whole = self._gradients()
-        there = [grad for grad in whole if grad is not None]
-        if not again and not capturing(self.device) and self._mark.is_on(there):
+        if not again and not capturing(self.device) and self._mark.is_on(whole):
             return
         grads, scale = self._sliced(whole), times(scale, -1.0) if self.maximize else scale
         if self._due and self._together and most is None:
@@ -183,7 +182,7 @@ class Batch:
             self.charge(law)
             c = self.coefficients(most)
             self.backend.pull(grads, self._rows, c, scale=scale, direction=law.direction)
-        self._mark = _Mark(there)
+        self._mark = _Mark(whole)
 
     def shrink(self, law: Law, rates: list[Factor], found_inf: Tensor | None, most: Factor | None) -> None:
         """The proximal step of every parameter, at rates[i]."""
@@ -258,18 +257,19 @@ class _Mark:
     steps are told apart by the first alone.
     """
 
-    def __init__(self, grads: Sequence[Tensor]):
-        self._first = weakref.ref(grads[0]) if grads else _nothing
-        self._versions = _versions(grads)
+    def __init__(self, grads: Sequence[Tensor | None]):
+        first = _first(grads)
+        self._first = _nothing if first is None else weakref.ref(first)
+        self._of_first, self._versions = _versions([first]), _versions(grads)
 
-    def is_on(self, grads: Sequence[Tensor]) -> bool:
+    def is_on(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether these are the same, and nothing has been written to them since."""
-        first = grads[0] if grads else None
+        first = _first(grads)
         return (
             first is not None
             and first is self._first()
             and self._versions is not None
-            and self._versions[0] == first._version
+            and self._of_first == _versions([first])
             and self._versions == _versions(grads)
         )
 
@@ -290,10 +290,14 @@ def times(number: Factor, strength: Factor) -> Factor:
     return number if strength == 1 else number * strength
 
 
-def _versions(grads: Sequence[Tensor]) -> list[int] | None:
+def _first(grads: Sequence[Tensor | None]) -> Tensor | None:
+    return next((grad for grad in grads if grad is not None), None)
+
+
+def _versions(grads: Sequence[Tensor | None]) -> list[int] | None:
     """How often each was written to; None where nobody counts, as in inference mode."""
     try:
-        return [grad._version for grad in grads]
+        return [-1 if grad is None else grad._version for grad in grads]
     except RuntimeError:
         return None
 

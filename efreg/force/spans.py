@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from efreg.backends.rows import Rows
+from efreg.backends.rows import Rows, running
+from efreg.backends.transfer import send
 from efreg.force.shards import is_sharded, local, shard_of
 from efreg.force.store import Shelf
 from efreg.force.targets import Place, Target
@@ -85,11 +86,14 @@ class Gathering:
         for f in found:
             span, shard = Span.here(f, shelf), shard_of(f.parameter)
             mine, its = places.setdefault(shard and shard.group, ([], []))
-            mine.append(torch.arange(here, here + len(span.units)))
-            its.append(torch.arange(there + span.before, there + span.before + len(span.units)))
+            mine.append(running(here, len(span.units)))
+            its.append(running(there + span.before, len(span.units)))
             here, there = here + len(span.units), there + len(Span.of(f, shelf).units)
-        self._filters = there
-        self._parts = [(group, torch.cat(mine), torch.cat(its)) for group, (mine, its) in places.items()]
+        self._filters, device = there, shelf.coefficients.device
+        self._parts = [
+            (group, *(send(torch.cat(x), torch.int64, device) for x in indices))
+            for group, indices in places.items()
+        ]
 
     def __call__(
         self, magnitude: Tensor, balance: Tensor, norm: Tensor | None
@@ -99,7 +103,7 @@ class Gathering:
         found = here.new_zeros(len(here), self._filters)
         for group, mine, its in self._parts:
             part = torch.zeros_like(found)
-            part[:, its.to(part.device)] = here[:, mine.to(here.device)]
+            part[:, its] = here[:, mine]
             if group is not None:
                 torch.distributed.all_reduce(part, group=group)
             found += part
