@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-import torch.distributed as dist
+from processes import found_by, meeting
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
@@ -66,19 +66,15 @@ def trained(rank, processes, *, parts=1, zero=False, update="gradient", **option
 
 
 def work(rank, processes, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
-    found = {name: trained(rank, processes, **options) for name, options in KINDS.items()}
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    with meeting(rank, processes, folder):
+        found = {name: trained(rank, processes, **options) for name, options in KINDS.items()}
+        torch.save(found, f"{folder}/{rank}.pt")
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def found(request, tmp_path_factory):
     """What each of the processes found."""
-    folder = tmp_path_factory.mktemp("distributed")
-    torch.multiprocessing.spawn(work, (request.param, str(folder)), nprocs=request.param)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
+    return found_by(work, request.param, tmp_path_factory.mktemp("distributed"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from processes import found_by, meeting
 from torch import nn
 from torch.nn import functional as F
 
@@ -158,25 +159,21 @@ def collectives(case):
 
 def work(rank, processes, folder):
     """All that the processes do, into a file of each rank."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=processes)
     part = rank, processes
-    found = {name: trained(case, sharded, part=part) for name, case in CASES.items()}
-    found["attached first"] = trained(CASES["ladder, filter"], sharded, first="attach", part=part)
-    found["again"] = trained(CASES["ladder, filter"], sharded, part=part)
-    found["collectives"] = collectives(LAWS["electrostatic"] | {"refresh": 2})
-    found |= {name: trained(CASES["fade"], shard, part=part) for name, shard in policies().items()}
-    found["restored"] = restored(folder, part)
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    with meeting(rank, processes, folder):
+        found = {name: trained(case, sharded, part=part) for name, case in CASES.items()}
+        found["attached first"] = trained(CASES["ladder, filter"], sharded, first="attach", part=part)
+        found["again"] = trained(CASES["ladder, filter"], sharded, part=part)
+        found["collectives"] = collectives(LAWS["electrostatic"] | {"refresh": 2})
+        found |= {name: trained(CASES["fade"], shard, part=part) for name, shard in policies().items()}
+        found["restored"] = restored(folder, part)
+        torch.save(found, f"{folder}/{rank}.pt")
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def found(request, tmp_path_factory):
     """What each of the processes found."""
-    folder = tmp_path_factory.mktemp("sharded")
-    torch.multiprocessing.spawn(work, (request.param, str(folder)), nprocs=request.param)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
+    return found_by(work, request.param, tmp_path_factory.mktemp("sharded"))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -229,9 +226,8 @@ def test_one_collective_when_charges_are_taken_of_two_numbers_a_filter(found):
 @pytest.fixture
 def alone(tmp_path):
     """This process is a group."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with meeting(0, 1, tmp_path):
+        yield
 
 
 def test_filters_that_are_split_are_refused(alone):
