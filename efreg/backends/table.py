@@ -76,7 +76,9 @@ class Table:
         Raises ValueError for a gradient whose shape, dtype or device is not its weight's.
         """
         missing = [i for i, grad in enumerate(grads) if grad is None] if len(there) < len(grads) else []
-        seen = missing, list(map(Tensor.data_ptr, there)), list(map(Tensor.stride, there))
+        in_order = all(map(Tensor.is_contiguous, there))
+        strides = None if in_order else list(map(Tensor.stride, there))
+        seen = missing, list(map(Tensor.data_ptr, there)), strides
         if seen == self._seen:
             return self._sent_targets.last, []
         found, copies = [], []

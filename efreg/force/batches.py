@@ -2,7 +2,8 @@
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from operator import is_
+from itertools import repeat
+from operator import eq, is_
 from typing import overload
 
 import torch
@@ -253,25 +254,27 @@ class Batch:
 class _Mark:
     """What a pull leaves on gradients: which was the first, and how often each had been written to.
 
-    Those behind the first need no look of their own: one that is new has been written to less often. Most
-    steps are told apart by the first alone.
+    Those behind the first need no look of their own: one that is new has been written to less often.
     """
 
     def __init__(self, grads: Sequence[Tensor | None]):
-        first = _first(grads)
-        self._first = _nothing if first is None else weakref.ref(first)
-        self._of_first, self._versions = _versions([first]), _versions(grads)
+        self._first: Callable[[], Tensor | None] = _nothing
+        try:
+            self._versions = list(_versions(grads))
+        except RuntimeError:  # nobody counts, as in inference mode
+            return
+        if (first := _first(grads)) is not None:
+            self._first = weakref.ref(first)
 
     def is_on(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether these are the same, and nothing has been written to them since."""
         first = _first(grads)
-        return (
-            first is not None
-            and first is self._first()
-            and self._versions is not None
-            and self._of_first == _versions([first])
-            and self._versions == _versions(grads)
-        )
+        if first is None or first is not self._first():
+            return False
+        try:
+            return all(map(eq, self._versions, _versions(grads)))
+        except RuntimeError:
+            return False
 
 
 def maximizes(parameter: Tensor, owners: dict[int, dict]) -> bool:
@@ -294,12 +297,9 @@ def _first(grads: Sequence[Tensor | None]) -> Tensor | None:
     return next((grad for grad in grads if grad is not None), None)
 
 
-def _versions(grads: Sequence[Tensor | None]) -> list[int] | None:
-    """How often each was written to; None where nobody counts, as in inference mode."""
-    try:
-        return [-1 if grad is None else grad._version for grad in grads]
-    except RuntimeError:
-        return None
+def _versions(grads: Sequence[Tensor | None]) -> Iterator[int]:
+    """How often each was written to. Raises RuntimeError at one of inference mode."""
+    return map(getattr, grads, repeat("_version"), repeat(-1))
 
 
 def _nothing() -> None:
