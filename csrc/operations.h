@@ -4,17 +4,19 @@
 // its coefficient lies, or −1 where it has none; int32. All tensors of a call share one dtype; statistics and
 // coefficients are float, or double for double weights. What rows write together is charged together: the
 // first rows are those of `groups`, group behind group, laid out with `members` as efreg/backends/rows.py
-// says.
+// says. A row without a gradient is charged and not pulled.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
 namespace efreg {
 
 using Tensors = std::vector<at::Tensor>;
+using Grads = std::vector<std::optional<at::Tensor>>;
 using Integers = std::vector<int64_t>;
 
 // The paper's law (electrostatic.h).
@@ -34,7 +36,7 @@ enum Direction : int64_t { kSign, kRadial, kShare };
 
 // grads += scale · c_n · sgn(weights), or its twins (reference.py: pull).
 void pull(
-    const Tensors& grads, const Tensors& weights, const at::Tensor& coefficients, const at::Tensor& units,
+    const Grads& grads, const Tensors& weights, const at::Tensor& coefficients, const at::Tensor& units,
     const Integers& dims, double scale, int64_t along);
 
 // weights ← sgn(w) · max(|w| − scales[i] · c_n, 0), or its twins (reference.py: shrink).
@@ -49,7 +51,7 @@ void charge(
 
 // charge and pull, a few groups at a time, so that the weights are still in cache when they are read again.
 void force(
-    const Tensors& grads, const Tensors& weights, const at::Tensor& coefficients, const at::Tensor& groups,
+    const Grads& grads, const Tensors& weights, const at::Tensor& coefficients, const at::Tensor& groups,
     const at::Tensor& members, const at::Tensor& units, const Integers& dims, const Electrostatic& law,
     double scale);
 

@@ -33,8 +33,8 @@ using acc_of = std::conditional_t<std::is_same_v<scalar_t, double>, double, floa
 
 at::ScalarType acc_of_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
 
-// The filters of one tensor and, in a pull, of its gradient: `size` numbers each, one filter behind the
-// other. The statistics of the first lie at `start`.
+// The filters of one tensor and, where it is to change, of its gradient or itself: `size` numbers each, one
+// filter behind the other. The statistics of the first lie at `start`.
 struct Row {
   at::Tensor target, weight;
   int64_t filters, size, start;
@@ -65,23 +65,26 @@ at::Tensor ordered_like(const at::Tensor& target, const at::Tensor& weight, int6
   return at::empty_like(target).copy_(weight.movedim(dim, 0));
 }
 
-Row make_row(const at::Tensor& target, const at::Tensor& weight, int64_t dim, int64_t start, double scale) {
-  TORCH_CHECK(weight.device().is_cpu() && target.device().is_cpu(), "efreg: expected CPU tensors");
+Row make_row(
+    const std::optional<at::Tensor>& target, const at::Tensor& weight, int64_t dim, int64_t start,
+    double scale) {
   TORCH_CHECK(
-      target.scalar_type() == weight.scalar_type(), "efreg: gradient is ", target.scalar_type(),
-      ", weight is ", weight.scalar_type(), "; they must agree, or backend='reference' serves them");
-  TORCH_CHECK(
-      target.sizes() == weight.sizes(), "efreg: gradient ", target.sizes(), " and weight ", weight.sizes(),
-      " differ in shape");
+      weight.device().is_cpu() && (!target || target->device().is_cpu()), "efreg: expected CPU tensors");
   const auto filters = weight.size(dim);
   const auto size = filters ? weight.numel() / filters : 0;
-  auto rows = dense(target, dim);
-  auto weights = target.is_same(weight) ? rows : ordered_like(rows, weight, dim);
+  if (!target) return {{}, dense(weight, dim), filters, size, start, scale};
+  TORCH_CHECK(
+      target->scalar_type() == weight.scalar_type(), "efreg: gradient is ", target->scalar_type(),
+      ", weight is ", weight.scalar_type(), "; they must agree, or backend='reference' serves them");
+  TORCH_CHECK(
+      target->sizes() == weight.sizes(), "efreg: gradient ", target->sizes(), " and weight ", weight.sizes(),
+      " differ in shape");
+  auto rows = dense(*target, dim);
+  auto weights = target->is_same(weight) ? rows : ordered_like(rows, weight, dim);
   return {std::move(rows), std::move(weights), filters, size, start, scale};
 }
 
-std::vector<Row> make_rows(
-    const Tensors& targets, const Tensors& weights, const Integers& dims, double scale) {
+std::vector<Row> make_rows(const Grads& targets, const Tensors& weights, const Integers& dims, double scale) {
   TORCH_CHECK(
       targets.size() == weights.size() && dims.size() == weights.size(), "efreg: ", targets.size(),
       " targets, ", weights.size(), " weights and ", dims.size(), " dims; they must be as many");
@@ -153,12 +156,13 @@ Groups groups_of(const at::Tensor& shapes, const at::Tensor& members, const at::
 }
 
 // Hands changed copies back to the tensors they were made of, and tells autograd of the change.
-void write_back(const std::vector<Row>& rows, const Tensors& targets, const Integers& dims) {
+void write_back(const std::vector<Row>& rows, const Grads& targets, const Integers& dims) {
   for (size_t i = 0; i < rows.size(); ++i) {
-    if (rows[i].target.is_same(targets[i]))
-      targets[i].unsafeGetTensorImpl()->bump_version();
+    if (!targets[i]) continue;
+    if (rows[i].target.is_same(*targets[i]))
+      targets[i]->unsafeGetTensorImpl()->bump_version();
     else
-      targets[i].movedim(dims[i], 0).copy_(rows[i].target);
+      targets[i]->movedim(dims[i], 0).copy_(rows[i].target);
   }
 }
 
@@ -261,9 +265,9 @@ template <typename scalar_t>
 void pull_filter(const Row& row, int64_t n, acc_of<scalar_t> c, int64_t along) {
   using acc_t = acc_of<scalar_t>;
   if (c == 0) return;
-  if (along == kShare) return update_filter<scalar_t>(row, n, [c](acc_t g, acc_t) { return without(g, c); });
   if (along == kSign)
     return update_filter<scalar_t>(row, n, [c](acc_t g, acc_t w) { return g + c * sgn(w); });
+  if (along == kShare) return update_filter<scalar_t>(row, n, [c](acc_t g, acc_t) { return without(g, c); });
   const auto norm = norm_of(filter<scalar_t>(row.weight, n, row.size), row.size);
   if (norm > 0 && std::isfinite(norm))
     update_filter<scalar_t>(row, n, [f = c / norm](acc_t g, acc_t w) { return g + f * w; });
@@ -362,7 +366,8 @@ void pull_rows(
     int64_t along) {
   each_filter(rows, first, last, [&](const Row& row, int64_t n) {
     const auto unit = units[row.start + n];
-    if (unit >= 0) pull_filter<scalar_t>(row, n, static_cast<acc_of<scalar_t>>(row.scale) * c[unit], along);
+    if (unit >= 0 && row.target.defined())
+      pull_filter<scalar_t>(row, n, static_cast<acc_of<scalar_t>>(row.scale) * c[unit], along);
   });
 }
 
@@ -378,7 +383,7 @@ void pull_rows(
 std::tuple<at::Tensor, at::Tensor, at::Tensor> measure(
     const Tensors& weights, const Integers& dims, bool count, bool norm) {
   const at::NoGradGuard no_grad;
-  const auto rows = make_rows(weights, weights, dims, 1.0);
+  const auto rows = make_rows(Grads(weights.size()), weights, dims, 1.0);
   const auto filters = filters_of(rows);
   const auto type = acc_of_type(rows.empty() ? at::kFloat : rows[0].weight.scalar_type());
   auto magnitude = at::zeros({filters}, type), balance = at::zeros({filters}, type);
@@ -396,7 +401,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> measure(
 }
 
 void pull(
-    const Tensors& grads, const Tensors& weights, const at::Tensor& coefficients, const at::Tensor& units,
+    const Grads& grads, const Tensors& weights, const at::Tensor& coefficients, const at::Tensor& units,
     const Integers& dims, double scale, int64_t along) {
   const at::NoGradGuard no_grad;
   const auto rows = make_rows(grads, weights, dims, scale);
@@ -411,7 +416,8 @@ void shrink(
     const Tensors& weights, const at::Tensor& coefficients, const at::Tensor& units, const Integers& dims,
     const std::vector<double>& scales, int64_t along) {
   const at::NoGradGuard no_grad;
-  auto rows = make_rows(weights, weights, dims, 1.0);
+  const Grads targets(weights.begin(), weights.end());
+  auto rows = make_rows(targets, weights, dims, 1.0);
   const auto* unit = units_of(rows, units, coefficients);
   TORCH_CHECK(scales.size() == rows.size(), "efreg: ", rows.size(), " weights need as many scales");
   for (size_t i = 0; i < rows.size(); ++i) rows[i].scale = scales[i];
@@ -422,14 +428,14 @@ void shrink(
       if (own >= 0) shrink_filter<scalar_t>(row, n, static_cast<acc_t>(row.scale) * c[own], along);
     });
   });
-  write_back(rows, weights, dims);
+  write_back(rows, targets, dims);
 }
 
 void charge(
     const Tensors& weights, const at::Tensor& coefficients, const at::Tensor& groups,
     const at::Tensor& members, const Integers& dims, const Electrostatic& law) {
   const at::NoGradGuard no_grad;
-  const auto rows = make_rows(weights, weights, dims, 1.0);
+  const auto rows = make_rows(Grads(weights.size()), weights, dims, 1.0);
   check_coefficients(rows, coefficients);
   const auto charged = groups_of(groups, members, coefficients);
   auto magnitude = at::zeros({filters_of(rows)}, coefficients.options()), balance = at::zeros_like(magnitude);
@@ -441,7 +447,7 @@ void charge(
 }
 
 void force(
-    const Tensors& grads, const Tensors& weights, const at::Tensor& coefficients, const at::Tensor& groups,
+    const Grads& grads, const Tensors& weights, const at::Tensor& coefficients, const at::Tensor& groups,
     const at::Tensor& members, const at::Tensor& units, const Integers& dims, const Electrostatic& law,
     double scale) {
   const at::NoGradGuard no_grad;

@@ -22,10 +22,8 @@ class Cpp(Backend):
         return magnitude, balance, norms if norm else None
 
     def pull(self, grads: Grads, rows: Rows, coefficients: Tensor, *, scale: Factor, direction: str) -> None:
-        grads, rows = _with_gradient(grads, rows)
-        if grads:
-            along = DIRECTIONS.index(direction)
-            self._module.pull(grads, rows.tensors, coefficients, rows.places, rows.dims, float(scale), along)
+        along = DIRECTIONS.index(direction)
+        self._module.pull(grads, rows.tensors, coefficients, rows.places, rows.dims, float(scale), along)
 
     def shrink(
         self,
@@ -59,7 +57,7 @@ class Cpp(Backend):
         scale: Factor,
         kept: Kept | None = None,
     ) -> None:
-        if not fused(law) or any(grad is None for grad in grads):
+        if not fused(law):
             return super().force(grads, rows, groups, coefficients, law, scale=scale, kept=kept)
         self._module.force(
             grads,
@@ -74,9 +72,3 @@ class Cpp(Backend):
 
     def _electrostatic(self, law: Electrostatic) -> object:
         return self._module.Electrostatic(law.strength, law.softening, law.sign == "count")
-
-
-def _with_gradient(grads: Grads, rows: Rows) -> tuple[list[Tensor], Rows]:
-    """The rows that have a gradient, and these."""
-    there = [grad for grad in grads if grad is not None]
-    return there, rows.only([i for i, grad in enumerate(grads) if grad is not None])
