@@ -39,8 +39,20 @@ struct Row {
   at::Tensor target, weight;
   int64_t filters, size, start;
   double scale;
+  void* targets = target.defined() ? target.mutable_data_ptr() : nullptr;
+  const void* weights = weight.const_data_ptr();
 
   int64_t elements() const { return filters * size; }
+
+  template <typename scalar_t>
+  scalar_t* target_of(int64_t n) const {
+    return static_cast<scalar_t*>(targets) + n * size;
+  }
+
+  template <typename scalar_t>
+  const scalar_t* weight_of(int64_t n) const {
+    return static_cast<const scalar_t*>(weights) + n * size;
+  }
 };
 
 bool filters_are_dense(const at::Tensor& tensor, int64_t dim) {
@@ -191,11 +203,6 @@ acc_t fold(acc_t* lanes) {
   return lanes[0];
 }
 
-template <typename scalar_t>
-scalar_t* filter(const at::Tensor& rows, int64_t n, int64_t size) {
-  return static_cast<scalar_t*>(rows.data_ptr()) + n * size;
-}
-
 template <typename T>
 T sgn(T x) {
   return static_cast<T>(x > 0) - static_cast<T>(x < 0);
@@ -239,7 +246,7 @@ acc_of<scalar_t> norm_of(const scalar_t* w, int64_t size) {
 template <typename scalar_t>
 void measure_filter(
     const Row& row, int64_t n, bool count, acc_of<scalar_t>* magnitude, acc_of<scalar_t>* balance) {
-  const auto* w = filter<scalar_t>(row.weight, n, row.size);
+  const auto* w = row.weight_of<scalar_t>(n);
   const auto [m, b] = count ? sums(w, row.size, absolute, sign) : sums(w, row.size, absolute, itself);
   magnitude[row.start + n] = m;
   balance[row.start + n] = b;
@@ -249,8 +256,8 @@ void measure_filter(
 template <typename scalar_t, typename F>
 void update_filter(const Row& row, int64_t n, const F& update) {
   using acc_t = acc_of<scalar_t>;
-  auto* __restrict__ target = filter<scalar_t>(row.target, n, row.size);
-  const auto* w = filter<scalar_t>(row.weight, n, row.size);
+  auto* __restrict__ target = row.target_of<scalar_t>(n);
+  const auto* w = row.weight_of<scalar_t>(n);
   for (int64_t i = 0; i < row.size; ++i)
     target[i] = static_cast<scalar_t>(update(static_cast<acc_t>(target[i]), static_cast<acc_t>(w[i])));
 }
@@ -268,7 +275,7 @@ void pull_filter(const Row& row, int64_t n, acc_of<scalar_t> c, int64_t along) {
   if (along == kSign)
     return update_filter<scalar_t>(row, n, [c](acc_t g, acc_t w) { return g + c * sgn(w); });
   if (along == kShare) return update_filter<scalar_t>(row, n, [c](acc_t g, acc_t) { return without(g, c); });
-  const auto norm = norm_of(filter<scalar_t>(row.weight, n, row.size), row.size);
+  const auto norm = norm_of(row.weight_of<scalar_t>(n), row.size);
   if (norm > 0 && std::isfinite(norm))
     update_filter<scalar_t>(row, n, [f = c / norm](acc_t g, acc_t w) { return g + f * w; });
 }
@@ -283,7 +290,7 @@ acc_t kept_of(acc_t norm, acc_t c) {
 template <typename scalar_t>
 void shrink_filter(const Row& row, int64_t n, acc_of<scalar_t> c, int64_t along) {
   using acc_t = acc_of<scalar_t>;
-  auto* w = filter<scalar_t>(row.target, n, row.size);
+  auto* w = row.target_of<scalar_t>(n);
   if (c == 0) return;
   const auto each = [&](const auto& shrunk) {
     for (int64_t i = 0; i < row.size; ++i) w[i] = static_cast<scalar_t>(shrunk(static_cast<acc_t>(w[i])));
@@ -366,7 +373,7 @@ void pull_rows(
     int64_t along) {
   each_filter(rows, first, last, [&](const Row& row, int64_t n) {
     const auto unit = units[row.start + n];
-    if (unit >= 0 && row.target.defined())
+    if (unit >= 0 && row.targets)
       pull_filter<scalar_t>(row, n, static_cast<acc_of<scalar_t>>(row.scale) * c[unit], along);
   });
 }
@@ -394,7 +401,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> measure(
     auto* l2 = norms.data_ptr<acc_t>();
     each_filter(rows, 0, rows.size(), [&](const Row& row, int64_t n) {
       measure_filter<scalar_t>(row, n, count, m, b);
-      if (norm) l2[row.start + n] = norm_of(filter<scalar_t>(row.weight, n, row.size), row.size);
+      if (norm) l2[row.start + n] = norm_of(row.weight_of<scalar_t>(n), row.size);
     });
   });
   return {magnitude, balance, norms};
