@@ -9,7 +9,7 @@ help:      ## list the targets
 test:      ## quick tests
 	pytest
 
-experiments: ## quick tests of the laboratory and of bench/paper, the reproduction
+experiments: ## quick tests of the laboratory, the examples and bench/paper, the reproduction
 	pytest tests/lab tests/paper
 
 coverage:  ## quick tests, and which lines of efreg/ they miss

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import efreg
 from efreg import cli
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = [path.stem for path in sorted(EXAMPLES.glob("*.py")) if "__main__" in path.read_text()]
 
 pytestmark = pytest.mark.filterwarnings(
