@@ -3,29 +3,22 @@
 import argparse
 import logging
 import sys
-from pathlib import Path
 
 from rich.console import Console
 
 from bench.paper import recipes, reproduce
-
-EXAMPLES = """examples:
-  python -m bench.paper forces --data data --only digits cifar10 --seeds 3
-  python -m bench.paper table4 --data data --epochs-scale 0.05
-  python -m bench.paper figure2 --data data --only resnet20-cifar10-short
-  torchrun --nproc-per-node 8 -m bench.paper table6 --data imagenet"""
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.paper",
         description="The tables and figures, ours beside the paper's.",
-        epilog=EXAMPLES,
+        epilog=recipes.EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    what = "; ".join(f"{name}: {title}" for name, title in reproduce.TITLES.items())
-    add("what", choices=reproduce.TITLES, metavar="WHAT", help=what)
+    what = "; ".join(f"{name}: {title}" for name, title in recipes.TITLES.items())
+    add("what", choices=recipes.TITLES, metavar="WHAT", help=what)
     add("--data", metavar="DIR", default="data", help="folder of the data sets and weights (%(default)s)")
     add("--only", nargs="+", default=(), metavar="NAME", help="of the groups of runs these (all)")
     add("--seeds", type=int, default=3, help="seeds of each run, at most (%(default)s)")
@@ -36,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     what = "figure2: with re-estimated batch-norm statistics too, which the paper has not"
     add("--recalibrated", action="store_true", help=what)
     add("--device", default="auto", help="auto, cpu, cuda, ... (%(default)s)")
-    add("--out", type=Path, default=Path("runs/paper"), help="folder to write to (%(default)s)")
+    add("--out", default="runs/paper", help="folder to write to (%(default)s)")
     add("-v", "--verbose", action="store_true", help="log more, show where an error arose")
     return parser
 
@@ -44,8 +37,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, 2 for bad input (one line on stderr), 130 after Ctrl-C; exits on wrong usage."""
     told = vars(_parser().parse_args(argv))
-    verbose = told.pop("verbose")
-    if verbose:
+    if verbose := told.pop("verbose"):
         logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         reproduce.run(**told, console=Console())

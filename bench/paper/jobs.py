@@ -1,24 +1,20 @@
 """A recipe's network, cut in every way that its group names: trained, pruned, fine-tuned where it says so."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import isnan, nan
 from pathlib import Path
 
-import torch
 from torch import nn
 
 import efreg
 from bench.paper import runs
-from bench.paper.recipes import RANDOM, Group, Recipe, build
+from bench.paper.recipes import RANDOM, Group, Recipe
 from efreg.lab import data, distributed, engine
-from efreg.lab.checkpoints import Settings, load_weights
+from efreg.lab.checkpoints import Settings
 from efreg.lab.logs import read_csv, write_csv
 from efreg.lab.sweep import Cut, pruned, re_estimate, sweep
-
-Say = Callable[[str], None]
-"""Is told, in a line, where a training diverged."""
 
 
 @dataclass(frozen=True)
@@ -75,21 +71,18 @@ class Job:
 
     @property
     def start(self) -> "Job | None":
-        """The run that this one goes on from."""
+        """The run that this one goes on from, before it is fine-tuned."""
         if self.recipe.start in (None, RANDOM):
             return None
-        return replace(self, recipe=self.group.recipe(self.recipe.start))
+        return replace(self, recipe=replace(self.group.recipe(self.recipe.start), fine_tune=None))
 
     @property
     def settings(self) -> Settings:
         """What trains the network, the file of its first weights among them."""
-        settings = replace(self.recipe.settings, seed=self.seed)
-        if settings.distil:
-            settings = replace(settings, distil=str(Path(settings.data, settings.distil)))
-        if self.start:
-            return replace(settings, weights=str(self.start.network))
-        weights = None if self.recipe.start == RANDOM else self.group.weights
-        return replace(settings, weights=weights and str(Path(settings.data, weights)))
+        weights = str(self.start.network) if self.start else self.group.first
+        if self.recipe.start == RANDOM:
+            weights = None
+        return replace(self.recipe.settings, seed=self.seed, weights=weights)
 
     @property
     def network(self) -> Path:
@@ -116,17 +109,15 @@ class Job:
     @property
     def course(self) -> str:
         """The epochs of each training that a cut network went through, such as "200 + 200 + 120"."""
-        tuned = [self.recipe.fine_tune.epochs] if self.recipe.fine_tune else []
-        return " + ".join(map(str, [*self._trained, *tuned]))
+        before = [self.start.course] if self.start else []
+        own = [str(part.epochs) for part in (self.recipe.settings, self.recipe.fine_tune) if part]
+        return " + ".join([*before, *own])
 
     @property
     def on(self) -> str:
         """What computes, in which precision."""
-        return f"{str(_dtype(self.settings)).removeprefix('torch.')}, {_where(_device(self.settings))}"
-
-    @property
-    def _trained(self) -> list[int]:
-        return [*(self.start._trained if self.start else ()), self.recipe.settings.epochs]
+        dtype, device = engine.dtype_of(self.settings), engine.device_named(self.settings.device)
+        return f"{str(dtype).removeprefix('torch.')}, {engine.computer(device)}"
 
     def _file(self, suffix: str, *more) -> Path:
         files = [None if self.start else self.settings.weights, self.settings.distil]
@@ -135,34 +126,18 @@ class Job:
         return self.folder / f"{name}{suffix}"
 
 
-def train(job: Job, tick: runs.Tick) -> nn.Module:
-    """The trained network in eval mode: read from its file, or trained, after the run that it starts from.
-
-    Raises engine.Diverged.
-    """
-    if job.start:
-        train(job.start, lambda _: None)
-    if job.settings.epochs:
-        runs.keep_network(job.settings, job.network, tick)
-    else:
-        first = load_weights(job.settings.weights)
-        runs.once(job.network, lambda: efreg.save(build(job.settings, first)[0], job.network))
-    return _read(job.settings, job.network)
+def train(job: Job, watch: runs.Watch) -> nn.Module | None:
+    """The trained network, after the run that it starts from; None where one diverges."""
+    if job.start and train(job.start, runs.Watch(watch.say)) is None:
+        return None
+    return runs.trained(job.settings, job.network, str(job), watch)
 
 
-def _read(settings: Settings, path: Path) -> nn.Module:
-    model = efreg.load(build(settings)[0], path)
-    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-    return model.to(engine.device_named(settings.device), memory_format=layout).eval()
-
-
-def measure(job: Job, say: Say, tick: runs.Tick) -> list[Outcome]:
+def measure(job: Job, watch: runs.Watch) -> list[Outcome]:
     """What is left at each of the group's cuts: read from the job's file, or trained, cut and written."""
-    if job.outcomes.exists():
-        tick(job.epochs)
-    else:
-        found = _measure(job, say, tick)
-        runs.once(job.outcomes, lambda: write_csv(job.outcomes, map(asdict, found)))
+    if not job.outcomes.exists():
+        found = _measure(job, watch)
+        runs.once(job.outcomes, lambda: write_csv(job.outcomes, found))
     outcomes = read_csv(job.outcomes, Outcome)
     if len(outcomes) != len(job.group.cuts):
         raise ValueError(f"{job.outcomes} is not whole: remove it, and it is made again")
@@ -172,25 +147,19 @@ def measure(job: Job, say: Say, tick: runs.Tick) -> list[Outcome]:
 def take_over(jobs: Iterable[Job], rows: Sequence[Outcome]) -> None:
     """Gives the jobs without outcomes those of the rows that are theirs, so that they are not run again."""
     for job in jobs:
-        own = [row for row in rows if _is_of(row, job)]
-        if [row.ratio for row in own] == [str(cut) for cut in job.group.cuts]:
-            runs.once(job.outcomes, partial(write_csv, job.outcomes, map(asdict, own)))
+        named = job.group.name, job.recipe.name, job.seed, job.course
+        own = [row for row in rows if (row.group, row.run, row.seed, row.epochs) == named]
+        lacks_repair = job.group.repair and any(isnan(x.repaired) and not isnan(x.accuracy) for x in own)
+        if [row.ratio for row in own] == [str(cut) for cut in job.group.cuts] and not lacks_repair:
+            runs.once(job.outcomes, partial(write_csv, job.outcomes, own))
 
 
-def _is_of(row: Outcome, job: Job) -> bool:
-    lacks_repair = job.group.repair and isnan(row.repaired) and not isnan(row.accuracy)
-    named = (row.group, row.run, row.seed, row.epochs)
-    return named == (job.group.name, job.recipe.name, job.seed, job.course) and not lacks_repair
-
-
-def _measure(job: Job, say: Say, tick: runs.Tick) -> list[Outcome]:
-    try:
-        network = train(job, tick)
-    except engine.Diverged as error:
-        say(f"{job}: {error}")
+def _measure(job: Job, watch: runs.Watch) -> list[Outcome]:
+    network = train(job, watch)
+    if network is None:
         return [_outcome(job, Cut(cut, nan, nan, 0, 0), before=nan, macs_before=0) for cut in job.group.cuts]
     images, held_out = _images(job.settings)
-    dtype, example = _dtype(job.settings), next(images.test.batches(2))[0]
+    dtype, example = engine.dtype_of(job.settings), next(images.test.batches(2))[0]
     planning = engine.cutting(job.settings, images.info.num_classes, images.info.shape)
     if job.settings.nested:
         re_estimate(network, images, dtype)
@@ -204,14 +173,14 @@ def _measure(job: Job, say: Say, tick: runs.Tick) -> list[Outcome]:
     for ratio in job.group.cuts:
         small = partial(pruned, network, ratio, example, planning)
         kept = engine.evaluate(small(), held_out, dtype=dtype)[1] if held_out else nan
-        tuned = _fine_tuned(job, small, ratio, images, say, tick) if job.recipe.fine_tune else nan
+        tuned = _fine_tuned(job, small, ratio, images, watch) if job.recipe.fine_tune else nan
         outcomes.append(_outcome(job, cuts[ratio], **whole, held_out=kept, fine_tuned=tuned))
     return outcomes
 
 
 def _images(settings: Settings) -> tuple[data.Data, data.Images | None]:
     """The data set without what is held out of its training images, and that."""
-    images = data.load(settings.dataset, settings.data, device=_device(settings))
+    images = data.load(settings.dataset, settings.data, device=engine.device_named(settings.device))
     part = data.Part(distributed.rank(), distributed.world_size())
     images = images._replace(test=images.test.share(part))
     if not settings.held_out:
@@ -227,30 +196,13 @@ def _outcome(job: Job, cut: Cut, *, fine_tuned: float = nan, **more) -> Outcome:
 
 
 def _fine_tuned(
-    job: Job, small: Callable[[], nn.Module], ratio: float | str, images: data.Data, say: Say, tick: runs.Tick
+    job: Job, small: Callable[[], nn.Module], ratio: float | str, images: data.Data, watch: runs.Watch
 ) -> float:
     """Accuracy of the cut network after it was trained on, from where an interruption left it."""
     narrow = job.narrow(ratio)
     runs.once(narrow, lambda: efreg.save(small(), narrow))
     settings = replace(job.recipe.fine_tune, weights=str(narrow), seed=job.seed)
     tuned = narrow.with_name(f"{narrow.stem}-{runs.digest(settings)}.safetensors")
-    try:
-        runs.keep_network(settings, tuned, tick)
-    except engine.Diverged as error:
-        say(f"{job}, fine-tuned at {ratio}: {error}")
-        return nan
-    return engine.evaluate(_read(settings, tuned), images.test, dtype=_dtype(settings))[1]
-
-
-def _device(settings: Settings) -> torch.device:
-    return engine.device_named(settings.device)
-
-
-def _dtype(settings: Settings) -> torch.dtype:
-    return engine.dtype_of(settings.precision, _device(settings))
-
-
-def _where(device: torch.device) -> str:
-    """What computes: a GPU by its name, and how many together."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{distributed.world_size()} × {name}" if distributed.world_size() > 1 else name
+    network = runs.trained(settings, tuned, f"{job}, fine-tuned at {ratio}", watch)
+    dtype = engine.dtype_of(settings)
+    return nan if network is None else engine.evaluate(network, images.test, dtype=dtype)[1]

@@ -1,9 +1,9 @@
-"""The runs behind the paper's tables and figures, read from recipes.toml or a file of the user's own."""
+"""The runs behind the tables and figures, and what is said of them: recipes.toml and texts.toml."""
 
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import efreg
 from efreg.lab import data, engine
-from efreg.lab.checkpoints import Settings, load_weights
+from efreg.lab.checkpoints import Settings, load_weights, made, require
+from efreg.lab.sweep import planned
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -21,30 +22,17 @@ else:
 
 OURS = Path(__file__).with_name("recipes.toml")
 FINE_TUNING = ("table4", "table5", "table6")
-UNTRAINED = ("speedups", "table3")
-WHAT = ("forces", *UNTRAINED, *FINE_TUNING, "no-finetuning", "figure2", "figure3")
-"""The commands."""
+"""The commands that show fine-tuned networks."""
 
 IMAGENET = data.Info(1000, (3, 224, 224), data.IMAGENET_MEAN, data.IMAGENET_STD)
 
-SETTINGS = {f.name: f.type for f in fields(Settings) if f.name not in ("data", "device", "seed", "weights")}
-"""The settings that a recipe can have; the others are said where it is run."""
-
-LISTS = ("skip", "nested")
-"""Those that are lists."""
-
-GROUP = {
-    **dict.fromkeys(("title", "weights", "weights_from"), str),
-    **dict.fromkeys(("shown", "norms", "cuts", "runs"), list),
-    "repair": int,
-    "seeds": int,
-    "fine_tune": dict,
-}
-LINE = {"name": str, "start": str, "seeds": int}
+GROUP = ("title", "cuts", "shown", "weights", "weights_from", "norms", "repair")
+LINE = ("name", "start", "seeds")
 """What a group and a run's line have beside settings."""
 
 NETWORK = ("model", "dataset")
-"""The settings that are the group's alone."""
+WHERE = ("data", "device", "seed", "weights")
+"""The settings that are the group's alone, and those that are said where it is run."""
 
 FORCE = ("law", "alpha", "alpha_schedule", "alpha_until", "scope", "refresh", "update")
 COURSE = ("schedule", "epochs", "lr")
@@ -87,6 +75,20 @@ class Group:
         """What network this is, on which images; but for the force those of the first run that is cut."""
         return next(recipe.settings for recipe in self.recipes if recipe.seeds)
 
+    @property
+    def first(self) -> str | None:
+        """The file of the weights that its runs begin with."""
+        return self.weights and str(Path(self.base.data, self.weights))
+
+    @property
+    def files(self) -> list[str]:
+        """This file, and those of the networks that teach."""
+        named = {self.first, *(recipe.settings.distil for recipe in self.recipes)}
+        return sorted(named - {None})
+
+    def __str__(self) -> str:
+        return self.title
+
     def recipe(self, name: str) -> Recipe:
         """The run of this name."""
         return next(recipe for recipe in self.recipes if recipe.name == name)
@@ -97,14 +99,28 @@ class Group:
         Of those it is at least one, where there were any.
         """
 
-        def moved(s: Settings) -> Settings:
-            return replace(s, data=data, device=device, epochs=max(min(s.epochs, 1), round(scale * s.epochs)))
+        def moved(settings: Settings) -> Settings:
+            epochs = max(min(settings.epochs, 1), round(scale * settings.epochs))
+            distil = settings.distil and str(Path(data, settings.distil))
+            return replace(settings, data=data, distil=distil, device=device, epochs=epochs)
 
         recipes = (
             replace(r, settings=moved(r.settings), fine_tune=r.fine_tune and moved(r.fine_tune))
             for r in self.recipes
         )
         return replace(self, recipes=tuple(recipes))
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    """What the file says. Raises ValueError, naming it, where it is no TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no TOML: {error}") from error
+
+
+_TEXTS = _toml(OURS.with_name("texts.toml"))
+TITLES, NOTES, HOURS, EXAMPLES = (_TEXTS[part] for part in ("titles", "notes", "hours", "examples"))
 
 
 def read(path: str | Path = OURS) -> dict[str, Group]:
@@ -115,12 +131,8 @@ def read(path: str | Path = OURS) -> dict[str, Group]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: --recipes names a file like {OURS}")
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no TOML: {error}") from error
     groups = {}
-    for name, told in content.items():
+    for name, told in _toml(path).items():
         with _naming(f"{path}, group {name}"):
             groups[name] = _group(name, told)
     return groups
@@ -136,68 +148,48 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def _group(name: str, told: dict[str, Any]) -> Group:
-    told = dict(_typed(told, dict, "a group"))
-    own = _taken(told, GROUP, needed=("title", "cuts", "runs"))
-    tuning, seeds = own.pop("fine_tune", None), own.pop("seeds", Recipe.seeds)
-    lines = [one for line in own.pop("runs") for one in _strengths(dict(_typed(line, dict, "a run")))]
-    own = {key: tuple(value) if isinstance(value, list) else value for key, value in own.items()}
-    group = Group(name=name, recipes=tuple(_recipe(line, told, seeds, tuning) for line in lines), **own)
+    require("it", told, dict)
+    own = {key: value for key, value in told.items() if key in GROUP}
+    shared = {key: value for key, value in told.items() if key not in (*GROUP, "runs")}
+    require("runs", told.get("runs", []), tuple[dict, ...])
+    recipes = [_recipe(one, shared) for line in told.get("runs", []) for one in _strengths(line)]
+    group = made(Group, {**own, "name": name, "recipes": recipes})
     _check(group)
     return group
-
-
-def _taken(told: dict[str, Any], kinds: dict[str, Any], needed: tuple[str, ...]) -> dict[str, Any]:
-    """Those of the keys that are there, each of its kind; they are gone from what is told."""
-    if missing := [key for key in needed if key not in told]:
-        raise ValueError(f"{missing[0]} is missing")
-    return {key: _typed(told.pop(key), kind, key) for key, kind in kinds.items() if key in told}
-
-
-def _typed(value: Any, kind: Any, name: str) -> Any:
-    fits = isinstance(value, kind) or (isinstance(value, int) and isinstance(0.0, kind))
-    if not fits or (isinstance(value, bool) and not isinstance(True, kind)):
-        raise ValueError(f"{name} is {value!r}, which is no {getattr(kind, '__name__', kind)}")
-    return value
 
 
 def _strengths(line: dict[str, Any]) -> list[dict[str, Any]]:
     """A line for each strength of its grid, which its name gets; the line itself where it has none."""
     if "grid" not in line:
         return [line]
-    with _naming(f"run {line.get('name')!r}"):
-        grid = [_typed(alpha, float, "grid") for alpha in _typed(line.pop("grid"), list, "grid")]
+    line, name = dict(line), line.get("name")
+    with _naming(f"run {name!r}"):
+        require("grid", grid := line.pop("grid"), tuple[float, ...])
         if not grid or "alpha" in line:
             raise ValueError("grid has the strengths to try: some, and alpha beside it is none")
-    return [{**line, "name": f"{line.get('name')}, {alpha:g}", "alpha": alpha} for alpha in grid]
+    return [{**line, "name": f"{name}, {alpha:g}", "alpha": alpha} for alpha in grid]
 
 
-def _recipe(
-    line: dict[str, Any], shared: dict[str, Any], seeds: int, tuning: dict[str, Any] | None
-) -> Recipe:
-    own = {"seeds": seeds, **_taken(line, LINE, needed=("name",))}
-    with _naming(f"run {own['name']!r}"):
-        if foreign := [key for key in NETWORK if key in line]:
+def _recipe(line: dict[str, Any], shared: dict[str, Any]) -> Recipe:
+    with _naming(f"run {line.get('name')!r}"):
+        if foreign := [name for name in NETWORK if name in line]:
             raise ValueError(f"{foreign[0]} is the group's: make another group")
         told = {**shared, **line}
-        settings = _settings(told)
-        if tuning is None:
-            return Recipe(settings=settings, **own)
-        kept = {key: value for key, value in told.items() if key not in (*FORCE, *COURSE)}
-        with _naming("fine_tune"):
-            return Recipe(settings=settings, fine_tune=_settings({**kept, **tuning}), **own)
+        own = {key: told.pop(key) for key in LINE if key in told}
+        tuning = told.pop("fine_tune", None)
+        own["settings"] = _settings(told)
+        if tuning is not None:
+            kept = {name: value for name, value in told.items() if name not in (*FORCE, *COURSE)}
+            with _naming("fine_tune"):
+                own["fine_tune"] = _settings({**kept, **tuning})
+        return made(Recipe, own)
 
 
 def _settings(told: dict[str, Any]) -> Settings:
-    if unknown := told.keys() - SETTINGS.keys():
-        known = ", ".join(sorted(SETTINGS))
-        raise ValueError(f"unknown setting {', '.join(sorted(unknown))}: there are {known}")
-    told = {**told, **{name: tuple(_typed(told[name], list, name)) for name in LISTS if name in told}}
-    for name, value in told.items():
-        if name not in LISTS:
-            _typed(value, SETTINGS[name], name)
-    settings = Settings(**told)
+    if foreign := [name for name in WHERE if name in told]:
+        raise ValueError(f"{foreign[0]} is said where it is run: leave it out")
+    settings = made(Settings, told)
     engine.check(replace(settings, epochs=max(1, settings.epochs), distil=None))
-    engine.force_options(settings, steps=1)
     return settings
 
 
@@ -220,8 +212,8 @@ def _check(group: Group) -> None:
             raise ValueError(f"run {recipe.name!r} has {recipe.seeds} seeds: it needs at least one")
         if recipe.settings.epochs == 0 and (recipe.start == RANDOM or not (recipe.start or group.weights)):
             raise ValueError(f"run {recipe.name!r} has no epochs: random weights are no network to cut")
-    if unknown := set(group.shown) - set(WHAT):
-        raise ValueError(f"shown names {unknown.pop()!r}: there are {', '.join(WHAT)}")
+    if unknown := set(group.shown) - set(TITLES):
+        raise ValueError(f"shown names {unknown.pop()!r}: there are {', '.join(TITLES)}")
     if unknown := set(group.norms) - set(names):
         raise ValueError(f"norms names the run {unknown.pop()!r}, which is not there")
     if "figure3" in group.shown and not group.norms:
@@ -247,12 +239,10 @@ def build(settings: Settings, weights: Mapping[str, Tensor] | None = None) -> tu
 
 def require_data(group: Group) -> None:
     """Raises data.Missing where the data set, or a file of weights beside it, is not there."""
-    base, files = group.base, {group.weights, *(recipe.settings.distil for recipe in group.recipes)}
-    data.load(base.dataset, base.data)
-    for file in sorted(files - {None}):
-        if not Path(base.data, file).is_file():
-            whence = f"put the public weights of {base.model} there, from {group.weights_from}"
-            raise data.Missing(f"no {file} in {base.data}: {whence}")
+    data.load(group.base.dataset, group.base.data)
+    if missing := [file for file in group.files if not Path(file).is_file()]:
+        whence = f"put the public weights of {group.base.model} there, from {group.weights_from}"
+        raise data.Missing(f"no {missing[0]}: {whence}")
 
 
 def rehearse(group: Group) -> None:
@@ -261,25 +251,16 @@ def rehearse(group: Group) -> None:
     Raises ValueError, naming group and run.
     """
     with _naming(f"group {group.name}"):
-        weights = load_weights(Path(group.base.data, group.weights)) if group.weights else None
-        network, example = build(group.base, weights)
-        for file in {recipe.settings.distil for recipe in group.recipes} - {None}:
-            build(group.base, load_weights(Path(group.base.data, file)))
+        networks = {file: build(group.base, load_weights(file)) for file in group.files}
+        network, example = networks.get(group.first) or build(group.base)
         for cut in group.cuts:
             with _naming(f"cut {cut!r}"):
-                asked = {"ratios" if isinstance(cut, str) else "ratio": cut}
-                efreg.plan(network, **asked, **engine.planning(group.base), example_inputs=example)
-        plans = {}
+                planned(network, cut, example, engine.planning(group.base))
+        plans: dict[tuple, efreg.Plan] = {}
         for recipe in group.recipes:
             with _naming(f"run {recipe.name!r}"):
-                asked = (
-                    recipe.settings.ratio,
-                    recipe.settings.ratios,
-                    *engine.planning(recipe.settings).values(),
-                )
+                settings = recipe.settings
+                asked = settings.ratio, settings.ratios, settings.coupled, settings.skip
                 if asked not in plans:
-                    plans[asked] = engine.plan(network, recipe.settings, example)
-                options = engine.force_options(recipe.settings, steps=1)
-                options |= {"layers": plans[asked], "backend": "reference", "check": None}
-                with efreg.attach(network, **options) as force:
-                    force.charges()
+                    plans[asked] = engine.plan(network, settings, example)
+                engine.rehearse(network, plans[asked], settings)

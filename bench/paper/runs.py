@@ -1,20 +1,27 @@
 """Training runs known by what decides their weights: done once, gone on with after an interruption."""
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import fields, replace
+import re
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
-from filelock import FileLock, Timeout
+from torch import nn
 
 import efreg
+from bench.paper.recipes import build
 from efreg.lab import checkpoints, distributed, engine
 from efreg.lab.checkpoints import Settings
+from efreg.lab.logs import write_bytes
 
-Tick = Callable[[int], None]
-"""Called with the number of epochs that are done since it was called last."""
+
+class Watch(NamedTuple):
+    """Is told, in a line, where a training diverged; ticks after every epoch."""
+
+    say: Callable[[str], None] = lambda line: None
+    tick: Callable[[], None] = lambda: None
 
 
 def digest(settings: Settings, *more) -> str:
@@ -22,17 +29,15 @@ def digest(settings: Settings, *more) -> str:
 
     Where the data lies does not, unless it is a folder of images; the number of processes does.
     """
-    device = engine.device_named(settings.device)
     decisive = replace(
         settings,
         data=str(Path(settings.data).resolve()) if settings.dataset == "imagefolder" else "",
         weights=settings.weights and Path(settings.weights).name,
         distil=settings.distil and Path(settings.distil).name,
-        device=device.type,
-        precision=str(engine.dtype_of(settings.precision, device)),
+        device=engine.device_named(settings.device).type,
+        precision=str(engine.dtype_of(settings)),
     )
-    chosen = [(f.name, getattr(decisive, f.name)) for f in fields(Settings)]
-    told = [(name, value) for name, value in chosen if value != getattr(Settings(), name)] + [*more]
+    told = [pair for pair in vars(decisive).items() if pair not in vars(Settings()).items()] + [*more]
     if distributed.world_size() > 1:
         told.append(("processes", distributed.world_size()))
     return hashlib.sha256(repr(told).encode()).hexdigest()[:8]
@@ -40,9 +45,8 @@ def digest(settings: Settings, *more) -> str:
 
 def stem(name: str, settings: Settings, *more) -> str:
     """What the files of a run are called: its name, the seed, and a digest of its settings and `more`."""
-    for old, new in ((",", ""), ("α ", ""), ("= ", ""), ("(", ""), (")", ""), (" ", "-")):
-        name = name.replace(old, new)
-    return f"{name}-{settings.seed}-{digest(settings, *more)}"
+    plain = re.sub("[,()]|α |= ", "", name).replace(" ", "-")
+    return f"{plain}-{settings.seed}-{digest(settings, *more)}"
 
 
 def fingerprint(path: str | Path) -> str:
@@ -56,41 +60,32 @@ def _fingerprint(path: Path, changed: int) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """While no other command works in the folder. Raises ValueError where one does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        if distributed.rank() == 0:
-            lock.acquire(blocking=False)
-        yield
-    except Timeout as error:
-        raise ValueError(
-            f"another bench.paper works in {folder}: wait for it, or name another --out"
-        ) from error
-    finally:
-        lock.release()
-
-
-def keep_network(settings: Settings, path: Path, tick: Tick) -> None:
-    """Trains to the end and writes the network to `path`, a safetensors file; nothing where that is there.
+def trained(settings: Settings, path: Path, name: str, watch: Watch) -> nn.Module | None:
+    """The network in eval mode: read from `path`, a safetensors file, or trained to the end and kept there.
 
     After every epoch there is a checkpoint beside it, from which an interrupted run goes on. A network of the
-    same settings and seed, whatever it is called, is taken over: from this folder, or one beside it.
-    Raises engine.Diverged, and ValueError for a damaged checkpoint.
+    same settings and seed, whatever it is called, is taken over: from this folder, or one beside it. None
+    where it diverges, which is said of the name. Raises ValueError for a damaged checkpoint.
     """
     if not path.exists() and (same := _trained_alike(path)):
-        once(path, lambda: _copy(same, path))
-    if path.exists():
-        return tick(settings.epochs)
+        once(path, lambda: write_bytes(path, same.read_bytes()))
+    try:
+        if not path.exists():
+            _train(settings, path, watch.tick)
+    except engine.Diverged as error:
+        return watch.say(f"{name}: {error}")
+    return engine.placed(efreg.load(build(settings)[0], path), settings).eval()
+
+
+def _train(settings: Settings, path: Path, tick: Callable[[], None]) -> None:
+    """With no epochs to go the first weights are taken as they are."""
+    if not settings.epochs:
+        first = build(settings, checkpoints.load_weights(settings.weights))[0]
+        return once(path, lambda: efreg.save(first, path))
     checkpoint = path.with_suffix(".pt")
-    run = engine.Run(settings, _interrupted(checkpoint))
-    tick(run.epoch)
-    for _ in run.epochs():
-        if distributed.rank() == 0:
-            checkpoints.save(run.checkpoint(), checkpoint)
-        tick(1)
+    run = engine.Run(settings, checkpoints.load(checkpoint) if checkpoint.exists() else None)
+    for _ in run.kept(checkpoint):
+        tick()
     once(path, lambda: efreg.save(run.model, path))
     checkpoint.unlink(missing_ok=True)
 
@@ -98,21 +93,7 @@ def keep_network(settings: Settings, path: Path, tick: Tick) -> None:
 def _trained_alike(path: Path) -> Path | None:
     """A file whose name has the same end: seed and digest."""
     _, seed, digest = path.stem.rsplit("-", 2)
-    return next(iter(sorted(path.parent.parent.glob(f"*/*-{seed}-{digest}{path.suffix}"))), None)
-
-
-def _copy(source: Path, path: Path) -> None:
-    with checkpoints.replacing(path) as file:
-        file.write(source.read_bytes())
-
-
-def _interrupted(path: Path) -> checkpoints.Checkpoint | None:
-    if not path.exists():
-        return None
-    try:
-        return checkpoints.load(path)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: remove it, and its run begins anew") from error
+    return min(path.parent.parent.glob(f"*/*-{seed}-{digest}{path.suffix}"), default=None)
 
 
 def once(path: Path, write: Callable[[], None]) -> None:

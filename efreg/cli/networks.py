@@ -24,9 +24,9 @@ def _inspect(arguments: Namespace) -> None:
     found = efreg.inspect(given.model, given.inputs, approximate=arguments.approximate)
     print(found)
     if arguments.html:
-        from efreg.lab.logs import write_page
+        from efreg.lab.logs import write_text
 
-        write_page(arguments.html, found.to_html(title=arguments.model, command=arguments.line))
+        write_text(arguments.html, found.to_html(title=arguments.model, command=arguments.line))
         print(f"Written to {arguments.html}")
 
 
@@ -54,11 +54,11 @@ def _prune(arguments: Namespace) -> None:
     report = efreg.report(given.model, small, example_inputs=given.one_input)
     print(report)
     if arguments.html:
-        from efreg.lab.logs import write_page
+        from efreg.lab.logs import write_text
 
         found = efreg.inspect(given.model, given.inputs, approximate=plan.approximate)
         page = report.to_html(found, plan, title=arguments.model, command=arguments.line)
-        write_page(arguments.html, page)
+        write_text(arguments.html, page)
         written.append(str(arguments.html))
     print(f"Written to {', '.join(written)}")
 

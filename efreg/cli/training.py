@@ -44,15 +44,16 @@ def train(
         if distributed.rank():
             for _ in run.epochs():
                 pass
-        else:
+            return
+        with distributed.alone(out):
             _record(run, out, console)
 
 
 def _record(run: engine.Run, out: Path, console: Console) -> None:
     """Trains, writing to `out`."""
-    out.mkdir(parents=True, exist_ok=True)
     console.print(f"{run.force}", highlight=False)
-    console.print(f"{str(run.dtype).removeprefix('torch.')} on {run.device}", highlight=False)
+    dtype = str(run.dtype).removeprefix("torch.")
+    console.print(f"{dtype} on {engine.computer(run.device)}", highlight=False)
     _train(run, out, console)
     efreg.save(run.model, out / "model.safetensors")
     console.print(
@@ -66,8 +67,7 @@ def _train(run: engine.Run, out: Path, console: Console) -> None:
         task = bar.add_task(
             "training", total=run.settings.epochs * steps, completed=run.epoch * steps, note=""
         )
-        for row in run.epochs(lambda: bar.advance(task)):
-            checkpoints.save(run.checkpoint(), out / CHECKPOINT)
+        for row in run.kept(out / CHECKPOINT, lambda: bar.advance(task)):
             log.add(row)
             bar.update(task, note=_note(row, "held out" if run.settings.held_out else "test"))
 

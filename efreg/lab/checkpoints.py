@@ -1,10 +1,11 @@
 """Training settings, and checkpoints that carry them: written atomically, read without pickle's code."""
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from math import prod
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from torch import Tensor
 from efreg.disk import read_tensors, replacing, sealed, unsealed
 
 FORMAT = "efreg checkpoint 1"
+
+T = TypeVar("T")
 
 LARGEST = 2**24
 """As many numbers has no image that the lab trains on."""
@@ -103,9 +106,7 @@ def load(path: str | Path) -> Checkpoint:
         )
     try:
         del content["format"]
-        checkpoint = Checkpoint(**{**content, "settings": Settings(**content["settings"])})
-        _require_types(checkpoint)
-        _require_types(checkpoint.settings)
+        checkpoint = made(Checkpoint, {**content, "settings": made(Settings, content["settings"])})
         _require_plausible(checkpoint)
         return checkpoint
     except (KeyError, TypeError) as error:
@@ -114,18 +115,39 @@ def load(path: str | Path) -> Checkpoint:
         ) from error
 
 
-def _require_types(values: Checkpoint | Settings) -> None:
-    """Raises TypeError for a value of another type than its field has."""
-    for name, hint in get_type_hints(type(values)).items():
-        if not _is_of(getattr(values, name), hint):
-            raise TypeError(f"{name} is {getattr(values, name)!r}")
+def made(kind: type[T], told: Mapping[str, Any]) -> T:
+    """The dataclass of these values, lists as tuples where it has such.
+
+    Raises TypeError, naming it, for a value that is missing, unknown or of another type than its field.
+    """
+    require(kind.__name__, told, Mapping)
+    hints = get_type_hints(kind)
+    if unknown := told.keys() - hints.keys():
+        known = ", ".join(sorted(hints))
+        raise TypeError(f"unknown setting {', '.join(sorted(unknown))}: there are {known}")
+    for one in fields(kind):  # type: ignore[arg-type] # a dataclass
+        if one.name in told:
+            require(one.name, told[one.name], hints[one.name])
+        elif one.default is MISSING and one.default_factory is MISSING:
+            raise TypeError(f"{one.name} is missing")
+    return kind(**{name: tuple(x) if get_origin(hints[name]) is tuple else x for name, x in told.items()})
 
 
-def _is_of(value: Any, hint: Any) -> bool:
-    if isinstance(hint, UnionType):
-        return any(_is_of(value, one) for one in get_args(hint))
-    kind = get_origin(hint) or hint
-    return isinstance(value, {float: (int, float), tuple: (tuple, list)}.get(kind, kind))
+def require(name: str, value: Any, kind: Any) -> None:
+    """Raises TypeError, naming it, for a value that is not of this kind, as fields of dataclasses have it."""
+    if not _is_of(value, kind):
+        shown = kind.__name__ if isinstance(kind, type) else kind
+        raise TypeError(f"{name} is {value!r}, which is no {shown}")
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    if isinstance(kind, UnionType):
+        return any(_is_of(value, one) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple | list) and all(_is_of(item, get_args(kind)[0]) for item in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else get_origin(kind) or kind)
 
 
 def _require_plausible(checkpoint: Checkpoint) -> None:
@@ -166,6 +188,6 @@ def read(path: str | Path) -> Any:
         return unsealed(content) if _is_checkpoint(content) else content
     except Exception as error:  # a damaged file can raise nearly anything
         raise ValueError(
-            f"{path} is damaged, or is no file of tensors alone ({type(error).__name__}): write it again, "
-            "weights with torch.save(model.state_dict(), path)"
+            f"{path} is damaged, or is no file of tensors alone ({type(error).__name__}): remove it and train"
+            " anew, or write weights with torch.save(model.state_dict(), path)"
         ) from error

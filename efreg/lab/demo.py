@@ -4,7 +4,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ import efreg
 from efreg.lab import data, engine, figures
 from efreg.lab.checkpoints import Settings
 from efreg.lab.figures import look_of
-from efreg.lab.logs import progress, write_csv, write_page
-from efreg.lab.sweep import RATIOS, Cut, accuracy_table, page, rows, sweep
+from efreg.lab.logs import progress, write_csv, write_text
+from efreg.lab.sweep import ACCURACIES, RATIOS, Cut, accuracy_table, page, rows, sweep
+from efreg.lab.ways import NO_FORCE
 
 START_EPOCHS = 15
 """Epochs of the network that every force starts from."""
@@ -45,13 +46,13 @@ class Contender:
     fades: float | None = None
 
 
-FIGURES = {"accuracy": "right after pruning", "recalibrated": "batch-norm statistics re-estimated"}
-"""What is compared of a cut, and how it is called."""
+FIGURES = ("accuracy", "recalibrated")
+"""What is compared of a cut."""
 
 WHOLE = ", whole filter"
 """What the names of forces on the whole filter end with."""
 
-NO_FORCE, L1 = "no force", "L1"
+L1 = "L1"
 REPAIRED = "no force, repaired"
 ONCE, EACH_STEP = "electrostatic, once", "electrostatic, each step"
 CONTENDERS = (
@@ -101,7 +102,7 @@ def run(
     best = _best(sweeps)
     curves = {name: [(float(cut.ratio), cut.accuracy) for cut in found] for name, found in sweeps.items()}
     title = f"ResNet-14 on digits ({best})"
-    write_page(out / "report.html", page(networks[best], images, curves, title, command=command))
+    write_text(out / "report.html", page(networks[best], images, curves, title, command=command))
     console.print(accuracy_table(sweeps, step_times))
     console.print("\n".join(findings(sweeps, len(images.test))), highlight=False)
     console.print(f"Written to {out}: report.html, demo.png, demo.csv, models/", highlight=False)
@@ -118,9 +119,11 @@ def findings(sweeps: Mapping[str, Sequence[Cut]], test_images: int) -> list[str]
     ]
     for name in sweeps:
         rival = f"L1{WHOLE}" if name.endswith(WHOLE) else L1
-        for figure, when in FIGURES.items():
+        for figure in FIGURES:
             if name != NO_FORCE and (lost := _lost(sweeps[name], sweeps[rival], figure)):
-                sentences.append(f"{rival} does better than {name} at {', '.join(lost)}, {when}.")
+                sentences.append(
+                    f"{rival} does better than {name} at {', '.join(lost)}, {ACCURACIES[figure]}."
+                )
     return sentences
 
 
@@ -229,19 +232,14 @@ def _draw(path: Path, sweeps: Mapping[str, Sequence[Cut]], epochs: int) -> None:
     looks = {force.name: force.look for force in CONTENDERS} | {REPAIRED: look_of(NO_FORCE, style="--")}
 
     def curves(figure: str) -> list[figures.Curve]:
-        kept = {name: [getattr(cut, figure) for cut in cuts] for name, cuts in sweeps.items()}
-        flattest = min(kept, key=lambda name: kept[name][0] - statistics.mean(kept[name]))
-        kept[REPAIRED] = [cut.repaired for cut in sweeps[NO_FORCE]]
-        return [
-            figures.Curve(
-                name, [100 * ratio for ratio in RATIOS], values, strong=name == flattest, look=looks[name]
-            )
-            for name, values in kept.items()
-        ]
+        kept = figures.curves(sweeps, "removed", figure, looks)
+        flattest = min(kept, key=lambda curve: curve.y[0] - statistics.mean(curve.y))
+        repaired = figures.curves({REPAIRED: sweeps[NO_FORCE]}, "removed", "repaired", looks)
+        return [replace(curve, strong=curve is flattest) for curve in kept] + repaired
 
     figures.draw_panels(
         path,
-        [figures.Panel(heading, figures.REMOVED, curves(figure)) for figure, heading in FIGURES.items()],
+        [figures.Panel(ACCURACIES[figure], figures.REMOVED, curves(figure)) for figure in FIGURES],
         "What is left when filters are removed, without training again",
         f"ResNet-14 on scikit-learn's digits: trained, then {epochs} epochs with each force, then cut",
     )

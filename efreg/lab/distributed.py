@@ -2,10 +2,12 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -51,6 +53,17 @@ def world_size() -> int:
 def rank() -> int:
     """Which of them this one is, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """While no other command works in the folder, which is made. Raises ValueError where one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with nullcontext() if rank() else FileLock(folder / ".lock", blocking=False):
+            yield
+    except Timeout as error:
+        raise ValueError(f"another command works in {folder}: wait for it, or name another --out") from error
 
 
 @contextmanager

@@ -4,10 +4,10 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,8 @@ STEPS = ("eager", "compile", "graph")
 LOOKED_AT = 100
 """After as many steps the loss is looked at, for which a GPU has to be waited for; on a CPU after each."""
 
+Placed = TypeVar("Placed", nn.Module, Tensor)
+
 Step = Callable[..., Tensor]
 """A function with the arguments and the result of `train_step`."""
 
@@ -82,21 +84,20 @@ class Run:
             check(settings)
         torch.set_flush_denormal(True)  # weights near zero make denormals in the momentum: steps 10x slower
         self.settings, self.device = settings, device_named(settings.device)
-        self.dtype = dtype_of(settings.precision, self.device)
+        self.dtype = dtype_of(settings)
         _warn_if_slow(self.dtype, self.device)
         _check_parts(settings)
         self.history: list[Row] = list(checkpoint.history) if checkpoint else []
         info = data.info(settings.dataset, settings.data)
         weights = _first_weights(settings, checkpoint)
-        self.model = build(settings, info.num_classes, info.shape, weights).to(self.device)
-        if settings.channels_last:
-            self.model = self.model.to(memory_format=torch.channels_last)
+        self.model = placed(build(settings, info.num_classes, info.shape, weights), settings)
         self.example = _example(info.shape).to(self.device)
         self.plan = plan(self.model, settings, self.example)
         self._step = step_of(settings, self.device, teacher(settings, info.num_classes, info.shape))
-        self._rehearse()
+        rehearse(self.model, self.plan, settings)
         self.data = self._load(download)
-        self.force = self._attach(settings.epochs * steps_per_epoch(self.data.train, settings))
+        steps = settings.epochs * steps_per_epoch(self.data.train, settings)
+        self.force = attach(self.model, self.plan, settings, steps)
         self.optimizer = sgd(self.model, settings)
         self.nesting = nesting(self.model, self.plan, settings) if settings.nested else None
         self._replica = distributed.replicated(self.model)
@@ -115,15 +116,6 @@ class Run:
             images = data.hold_out(images, settings.held_out)
         _check_last_batch(len(images.train), settings)
         return data.share(images, data.Part(distributed.rank(), distributed.world_size()))
-
-    def _rehearse(self) -> None:
-        """What cannot be attached is refused before anything is fetched."""
-        with self._attach(steps=1, check=None) as force:
-            force.charges()
-
-    def _attach(self, steps: int, check: str | None = "warn") -> efreg.Attachment:
-        options = {**force_options(self.settings, steps), "backend": self.settings.backend, "check": check}
-        return efreg.attach(self.model, layers=self.plan, **options)
 
     @property
     def epoch(self) -> int:
@@ -181,6 +173,13 @@ class Run:
             self.history.append(row)
             yield row
 
+    def kept(self, path: Path, tick: Callable[[], None] = lambda: None) -> Iterator[Row]:
+        """As `epochs`; after each the first process writes a checkpoint to `path`."""
+        for row in self.epochs(tick):
+            if not distributed.rank():
+                checkpoints.save(self.checkpoint(), path)
+            yield row
+
 
 def build(
     settings: Settings, num_classes: int, shape: tuple[int, ...], weights: dict[str, Tensor] | None = None
@@ -195,6 +194,12 @@ def build(
     if weights is not None:
         _load_state(model, weights, settings, shape)
     return model
+
+
+def placed(what: Placed, settings: Settings) -> Placed:
+    """A model, or images as it takes them, on the settings' device and in their memory format."""
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    return what.to(device_named(settings.device)).to(memory_format=layout)
 
 
 def restore(checkpoint: Checkpoint) -> nn.Module:
@@ -243,9 +248,8 @@ def teacher(settings: Settings, num_classes: int, shape: tuple[int, ...]) -> nn.
     if settings.distil is None:
         return None
     weights = checkpoints.load_weights(settings.distil)
-    whole = build(settings, num_classes, shape, weights).to(device_named(settings.device))
-    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-    return whole.to(memory_format=layout).eval().requires_grad_(False)
+    whole = placed(build(settings, num_classes, shape, weights), settings)
+    return whole.eval().requires_grad_(False)
 
 
 def nesting(model: nn.Module, plan: efreg.Plan, settings: Settings) -> efreg.Nesting:
@@ -261,6 +265,20 @@ def force_options(settings: Settings, steps: int) -> dict[str, Any]:
         alpha = ALPHA_SCHEDULES[settings.alpha_schedule](settings.alpha, until)
     law = _fade(settings, until) if fades(settings) else efreg.resolve(settings.law, alpha)
     return {"law": law, "scope": settings.scope, "refresh": settings.refresh, "update": settings.update}
+
+
+def attach(
+    model: nn.Module, plan: efreg.Plan, settings: Settings, steps: int, check: str | None = "warn"
+) -> efreg.Attachment:
+    """The settings' force on the planned layers, for a training of so many steps."""
+    options = {**force_options(settings, steps), "backend": settings.backend, "check": check}
+    return efreg.attach(model, layers=plan, **options)
+
+
+def rehearse(model: nn.Module, plan: efreg.Plan, settings: Settings) -> None:
+    """Raises ValueError for a force that cannot be attached, before anything is fetched or trained."""
+    with attach(model, plan, settings, steps=1, check=None) as force:
+        force.charges()
 
 
 def fades(settings: Settings) -> bool:
@@ -449,10 +467,10 @@ class Remains:
         return sum(cut.removed for cut in dead.cuts), dead.macs[1]
 
 
-def dtype_of(precision: str, device: torch.device) -> torch.dtype:
-    """What a network computes in on this device."""
-    bfloat16 = precision == "bfloat16" or (precision == "auto" and has_bfloat16(device))
-    return torch.bfloat16 if bfloat16 else torch.float32
+def dtype_of(settings: Settings) -> torch.dtype:
+    """What a network of these settings computes in, on their device."""
+    auto = settings.precision == "auto" and has_bfloat16(device_named(settings.device))
+    return torch.bfloat16 if auto or settings.precision == "bfloat16" else torch.float32
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -506,10 +524,10 @@ def check(settings: Settings) -> None:
         _check_fade(settings)
     if settings.schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {settings.schedule!r}: there are {', '.join(SCHEDULES)}")
-    force_options(replace(settings, alpha_schedule="constant"), steps=1)
     if settings.alpha_schedule not in ("constant", *ALPHA_SCHEDULES):
         known = ", ".join(("constant", *ALPHA_SCHEDULES))
         raise ValueError(f"unknown schedule of alpha {settings.alpha_schedule!r}: there are {known}")
+    force_options(settings, steps=1)
     if not 0 < settings.alpha_until <= 1:
         raise ValueError(f"alpha_until is {settings.alpha_until}: it is a share of the training, in (0, 1]")
     if settings.alpha_until < 1 and settings.alpha_schedule == "constant" and not fades(settings):
@@ -571,6 +589,12 @@ def _check_graph(settings: Settings, device: torch.device) -> None:
     ):
         if not fits:
             raise ValueError(f"a CUDA graph cannot be had with {found}: use --step compile or eager")
+
+
+def computer(device: torch.device) -> str:
+    """What computes: a GPU by its name, and how many together."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{distributed.world_size()} × {name}" if distributed.world_size() > 1 else name
 
 
 def device_named(name: str) -> torch.device:

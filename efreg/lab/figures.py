@@ -1,7 +1,7 @@
 """Figures: curves in panels, and accuracy before pruning against accuracy after."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +47,14 @@ class Panel:
     x_label: str
     curves: Sequence[Curve]
     speedups: bool = False
+
+
+def curves(rows: Mapping[str, Sequence], x: str, y: str, looks: Mapping[str, Look]) -> list[Curve]:
+    """Of each name a line through its rows, by what they call the two axes."""
+    return [
+        Curve(name, [getattr(row, x) for row in own], [getattr(row, y) for row in own], look=looks.get(name))
+        for name, own in rows.items()
+    ]
 
 
 REMOVED = "filters removed in each pruned layer (%)"

@@ -3,8 +3,9 @@
 import csv
 import os
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -44,9 +45,9 @@ class Log:
         self.writer.close()
 
 
-def write_csv(path: str | Path, rows: Iterable[dict]) -> None:
-    """Rows under the names of all their keys; what a row lacks is left empty."""
-    rows = list(rows)
+def write_csv(path: str | Path, rows: Iterable[Any]) -> None:
+    """Rows, dicts or dataclasses, under the names of all their keys; what a row lacks is left empty."""
+    rows = [row if isinstance(row, dict) else asdict(row) for row in rows]
     names = dict.fromkeys(name for row in rows for name in row)
     with replacing(path, "w") as file:
         writer = csv.DictWriter(file, fieldnames=list(names))
@@ -54,10 +55,15 @@ def write_csv(path: str | Path, rows: Iterable[dict]) -> None:
         writer.writerows(rows)
 
 
-def write_page(path: str | Path, page: str) -> None:
-    """An HTML page."""
+def write_text(path: str | Path, text: str) -> None:
+    """A page, or a table."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """A whole file, or nothing."""
     with replacing(path) as file:
-        file.write(page.encode())
+        file.write(content)
 
 
 def read_csv(path: str | Path, kind: type[T]) -> list[T]:

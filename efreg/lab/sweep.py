@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import efreg
 from efreg.lab import checkpoints, data, engine, figures
 from efreg.lab.checkpoints import Settings
-from efreg.lab.logs import progress, write_csv, write_page
+from efreg.lab.logs import progress, write_csv, write_text
+from efreg.lab.ways import way_of
 
 RATIOS = tuple(tenth / 10 for tenth in range(10))
 """0 to 90 %."""
@@ -27,6 +28,13 @@ Planning = Mapping[str, Any]
 
 PAPERS: Planning = {"coupled": False}
 """The papers' way: convolutions that one layer reads, ranked by their magnitudes."""
+
+ACCURACIES = {
+    "accuracy": "right after pruning",
+    "recalibrated": "batch-norm statistics re-estimated",
+    "repaired": "repaired without training",
+}
+"""The accuracies of a cut, and how each is called."""
 
 STATISTICS_BATCHES = 40
 """Batch-norm statistics are re-estimated on as many batches of 250 training images at most, cropped and
@@ -47,6 +55,11 @@ class Cut:
     macs: int
     parameters: int
     repaired: float = nan
+
+    @property
+    def removed(self) -> float:
+        """The share in percent, where it is one."""
+        return 100 * float(self.ratio)
 
 
 def sweep(
@@ -71,10 +84,15 @@ def sweep(
     return cuts
 
 
+def planned(model: nn.Module, ratio: float | str, example: Tensor, planning: Planning = PAPERS) -> efreg.Plan:
+    """The plan that takes this share of each group, or as a list of ratios has it."""
+    asked: dict[str, Any] = {"ratios" if isinstance(ratio, str) else "ratio": ratio}
+    return efreg.plan(model, **asked, **planning, example_inputs=example)
+
+
 def pruned(model: nn.Module, ratio: float | str, example: Tensor, planning: Planning = PAPERS) -> nn.Module:
     """The model without this share of each group; itself it stays as it was."""
-    asked: dict[str, Any] = {"ratios" if isinstance(ratio, str) else "ratio": ratio}
-    plan = efreg.plan(model, **asked, **planning, example_inputs=example)
+    plan = planned(model, ratio, example, planning)
     return efreg.prune(model, plan, example_inputs=example)
 
 
@@ -154,13 +172,13 @@ def run(
         if settings.nested:
             re_estimate(model, images, torch.float32)
         cuts = sweep(model, images, planning=planning, repair=repair, tick=lambda: bar.advance(task))
-    write_csv(out / "sweep.csv", rows(cuts))
+    write_csv(out / "sweep.csv", cuts)
     _draw(out / "sweep.png", cuts, settings)
     console.print(accuracy_table({settings.model: cuts}))
     console.print(f"Written to {out}: sweep.csv, sweep.png", highlight=False)
     if html:
         curves = {name: list(zip(RATIOS, values)) for name, values in _accuracies(cuts).items()}
-        write_page(html, page(model, images, curves, settings.model, planning=planning, command=command))
+        write_text(html, page(model, images, curves, settings.model, planning=planning, command=command))
         console.print(f"Written to {html}", highlight=False)
     return cuts
 
@@ -179,7 +197,7 @@ def page(
     curves: of each name the accuracies in percent at ratios, as pairs (ratio, accuracy).
     """
     example = next(images.test.batches(2))[0]
-    plan = efreg.plan(model, ratio=0.5, **planning, example_inputs=example)
+    plan = planned(model, 0.5, example, planning)
     small = efreg.prune(model, plan, example_inputs=example)
     return efreg.report(model, small, example_inputs=example[:1]).to_html(
         efreg.inspect(model, example),
@@ -192,25 +210,19 @@ def page(
 
 def _accuracies(cuts: Sequence[Cut]) -> dict[str, list[float]]:
     """What was measured at each ratio, by name."""
-    found = {
-        "right after pruning": [cut.accuracy for cut in cuts],
-        "statistics re-estimated": [cut.recalibrated for cut in cuts],
-    }
-    if not any(isnan(cut.repaired) for cut in cuts):
-        found["repaired without training"] = [cut.repaired for cut in cuts]
-    return found
+    found = {name: [getattr(cut, what) for cut in cuts] for what, name in ACCURACIES.items()}
+    return {name: values for name, values in found.items() if not any(map(isnan, values))}
 
 
 def _draw(path: Path, cuts: Sequence[Cut], settings: Settings) -> None:
-    removed = [100 * float(cut.ratio) for cut in cuts]
+    removed = [cut.removed for cut in cuts]
     curves = [figures.Curve(name, removed, values) for name, values in _accuracies(cuts).items()]
-    strength = f"{settings.law}, α = {settings.alpha:g}" if settings.alpha else "no force"
-    force = settings.law if engine.fades(settings) else strength
+    force, strength = way_of(settings).force, f", α = {settings.alpha:g}" if settings.alpha else ""
     figures.draw_panels(
         path,
         [figures.Panel(settings.model, figures.REMOVED, curves)],
         "Accuracy when filters are removed",
-        f"{settings.dataset}, {force}",
+        f"{settings.dataset}, {force}{strength}",
     )
 
 

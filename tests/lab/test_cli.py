@@ -110,7 +110,7 @@ def test_checkpoints_that_are_none(reading, trained, tmp_path, capsys):
     path.parent.mkdir()
     assert_refused(capsys, reading(path), path.parent)
     path.write_bytes((trained / "checkpoint.pt").read_bytes()[:5000])
-    assert_refused(capsys, reading(path), f"{path} is damaged", "write it again")
+    assert_refused(capsys, reading(path), f"{path} is damaged", "remove it and train anew")
     torch.save(models.resnet14().state_dict(), path)
     assert_refused(capsys, reading(path), f"{path} is no checkpoint of `efreg train`", "--weights")
     assert files(tmp_path) == ["run", "run/checkpoint.pt"]

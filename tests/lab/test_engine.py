@@ -24,7 +24,7 @@ from torch import nn
 import efreg
 from efreg import disk
 from efreg.cli import training
-from efreg.lab import checkpoints, data, engine, graphs, logs, models
+from efreg.lab import checkpoints, data, distributed, engine, graphs, logs, models
 from efreg.lab.checkpoints import Checkpoint, Settings
 
 WAYS = {
@@ -637,6 +637,11 @@ def test_nothing_in_a_file_is_run(tmp_path):
     with pytest.raises(ValueError, match=f"{path} is damaged, or is no file of tensors"):
         checkpoints.load_weights(path)
     assert not trace.exists()
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path):
+    with distributed.alone(tmp_path), pytest.raises(ValueError, match=f"another command works in {tmp_path}"):
+        train(Settings(model="resnet14", epochs=1, device="cpu"), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from PIL import Image
 from rich.console import Console
 
 import efreg
-from bench.paper import choice, latency, recipes, reproduce, runs, tables
+from bench.paper import costs, forces, recipes, reproduce, runs
+from bench.paper.costs import Latency
 from bench.paper.jobs import Outcome
-from bench.paper.latency import Latency
-from efreg.lab import checkpoints, data, engine, figures, sweep
+from efreg.lab import checkpoints, data, engine, figures, sweep, ways
 from efreg.lab.checkpoints import Settings
 from efreg.lab.logs import read_csv
 
@@ -46,7 +46,7 @@ RATIOS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 def small(few_digits):
     """Latencies of few repeats."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latency, "REPEATS", {1: 2, 4: 1})
+        patch.setattr(costs, "REPEATS", {1: 2, 4: 1})
         yield
 
 
@@ -220,7 +220,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, monkeypatch):
         run(tmp_path, text=text)
     (path,) = tmp_path.rglob("*.pt")
     path.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=f"{path} is damaged: remove it, and its run begins anew"):
+    with pytest.raises(ValueError, match=f"{path} is damaged, .*: remove it and train anew"):
         run(tmp_path, text=text)
 
 
@@ -248,7 +248,7 @@ def chosen(tmp_path):
 
     def choose(found, images=40):
         (tmp_path / "recipes.toml").write_text(LADDER.replace("IMAGES", str(images)))
-        return choice.choices(recipes.read(tmp_path / "recipes.toml")["tiny"], found)
+        return forces.choices(recipes.read(tmp_path / "recipes.toml")["tiny"], found)
 
     return choose
 
@@ -323,7 +323,7 @@ def test_the_table_shows_means_and_deviations(group):
         *results("ladder, 0.1", [20] * 7, [98, 97, 96, 95, 94, 93, 92]),
         *results("no force", [20] * 7, [98, 50, 40, 30, 20, 10, 9], seeds=(0,)),
     ]
-    lines = tables.forces(group, found, LATENCIES).splitlines()
+    lines = forces.table(group, found, LATENCIES).splitlines()
     assert lines[0].startswith("### resnet14 on digits, 1 epoch, x on y: accuracy in % on the test images")
     cells = " | ".join(f"{mean}.0 ± 1.4" for mean in (98, 97, 96, 95, 94, 93, 92))
     assert f"| ladder | filter | proximal | 0.1 | 2 | {cells} | 3 | 0.0 |" in lines
@@ -345,11 +345,11 @@ def test_the_table_says_how_its_strengths_were_chosen(tmp_path):
     (tmp_path / "recipes.toml").write_text(text.replace('  { name = "start", seeds = 0, lr = 0.1 },\n', ""))
     group = recipes.read(tmp_path / "recipes.toml")["tiny"]
     one = results("ladder, 0.1", [20] * 7, [90] * 7)
-    text = tables.forces(group, one, LATENCIES)
+    text = forces.table(group, one, LATENCIES)
     assert "none was chosen. The public weights were trained on all training images" in text
     schedule = "α's schedule is linear, over 50% of the steps"
     assert f"Trained from public.th, learning rate 0.05, cosine; {schedule}." in text
-    text = tables.forces(group, [*one, *results("ladder, 10", [30] * 7, [90] * 7)], LATENCIES)
+    text = forces.table(group, [*one, *results("ladder, 10", [30] * 7, [90] * 7)], LATENCIES)
     assert "α is the weakest that keeps as much as any, within one standard error, of 40 training" in text
 
 
@@ -374,7 +374,7 @@ def test_every_point_is_in_the_picture(tmp_path, monkeypatch):
 
 def test_every_force_has_a_colour():
     shown = [r.settings for g in recipes.read().values() for r in g.recipes]
-    assert {choice.way_of(settings).force for settings in shown} <= set(figures.COLORS)
+    assert {ways.way_of(settings).force for settings in shown} <= set(figures.COLORS)
     assert len(set(figures.COLORS.values())) == len(figures.COLORS)
 
 
@@ -402,8 +402,12 @@ def test_no_two_runs_share_a_name_of_files():
         ("0.4, 0.5,", '"[0, 0.5, 0.5, 0.5, 0]", 0.5,', "forces shows cuts by one share of all layers"),
         ("grid = [0.1, 10]", "grid = []", "run 'ladder': grid has the strengths to try"),
         ("grid = [0.1, 10]", "grid = [0.1], alpha = 1.0", "run 'ladder': grid has the strengths to try"),
-        ("grid = [0.1, 10]", "grid = 0.1", "run 'ladder': grid is 0.1, which is no list"),
-        ("grid = [0.1, 10]", "grid = [0.1, 'x']", "run 'ladder': grid is 'x', which is no float"),
+        ("grid = [0.1, 10]", "grid = 0.1", "run 'ladder': grid is 0.1, which is no tuple[float, ...]"),
+        (
+            "grid = [0.1, 10]",
+            "grid = [0.1, 'x']",
+            "grid is [0.1, 'x'], which is no tuple[float, ...]",
+        ),
         ("grid = [0.1, 10]", "grid = [0.1, 0.1]", "two runs are called 'ladder, 0.1': give each a name"),
         ("seeds = 1", "seeds = 0", "run 'no force' has 0 seeds: it needs at least one"),
     ],

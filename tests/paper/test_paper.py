@@ -16,21 +16,11 @@ from rich.console import Console
 
 import efreg
 from bench import peers, steps
-from bench.paper import (
-    choice,
-    jobs,
-    norms,
-    pictures,
-    recipes,
-    reproduce,
-    runs,
-    step_times,
-    tables,
-)
+from bench.paper import accuracies, costs, jobs, norms, recipes, reproduce, runs
+from bench.paper.accuracies import Mean, over_seeds, published
 from bench.paper.jobs import Job, Outcome
-from bench.paper.means import Mean, over_seeds, published
 from efreg.backends import reference
-from efreg.lab import data, engine, figures, models
+from efreg.lab import data, distributed, engine, figures, models, ways
 from efreg.lab.checkpoints import Settings
 from efreg.lab.sweep import pruned
 
@@ -167,7 +157,7 @@ def test_recipes_of_the_tables_are_the_papers(name, alpha, batch_size, epochs, t
     assert {(s.alpha, s.batch_size, s.epochs, s.weight_decay, s.schedule) for s in found} == {
         (alpha, batch_size, epochs, 5e-4, "p1")
     }
-    assert {(s.refresh, choice.way_of(s).scope) for s in found} == BOTH
+    assert {(s.refresh, ways.way_of(s).scope) for s in found} == BOTH
     assert "ladder:power=4" in {r.settings.law for r in group.recipes}
     assert len(group.cuts) == cuts
     tuned = {
@@ -194,7 +184,7 @@ def test_recipes_without_fine_tuning_are_the_papers(name, alphas, batch_size):
     assert {(s.batch_size, s.epochs, s.weight_decay, s.schedule) for s in found} == {
         (batch_size, 200, 0, "p1")
     }
-    assert {(s.refresh, choice.way_of(s).scope) for s in found} == BOTH
+    assert {(s.refresh, ways.way_of(s).scope) for s in found} == BOTH
     assert (1e-2, "weights", "gradient") in {
         (r.settings.alpha, r.settings.scope or "weights", r.settings.update or "gradient")
         for r in group.recipes
@@ -237,7 +227,11 @@ def test_recipes_can_be_run(name):
         ),
         ('start = "dense",', 'model = "resnet20",', "run 'ladder': model is the group's: make another group"),
         ('name = "ladder"', 'name = "a/b"', "'a/b' names files: take another sign than /"),
-        ('cuts = [0.0, 0.5, "[0, 0.6, 0.5, 0.25, 0]"]', 'cuts = "0.5"', "cuts is '0.5', which is no list"),
+        (
+            'cuts = [0.0, 0.5, "[0, 0.6, 0.5, 0.25, 0]"]',
+            'cuts = "0.5"',
+            "cuts is '0.5', which is no tuple",
+        ),
         ("cuts = [0.0, 0.5, ", "cuts = [0.0, 0.5, 0.5, ", "cuts has 0.5 twice: once is enough"),
         ('name = "ladder"', 'name = "dense"', "two runs are called 'dense': give each a name"),
         ('start = "dense"', 'start = "dnse"', "run 'ladder' starts from 'dnse': no run above is called so"),
@@ -247,7 +241,9 @@ def test_recipes_can_be_run(name):
         ("alpha = 0.1", "alpha = -1", "run 'ladder': alpha"),
         ("epochs = 2", "epochs = 0", "run 'dense' has no epochs: random weights are no network to cut"),
         ('schedule = "p2"', 'schedule = "p3"', "run 'dense': fine_tune: unknown schedule 'p3'"),
-        ("lr = 0.05", "lr = 0.05\nseeds = 1.5", "group tiny: seeds is 1.5, which is no int"),
+        ("lr = 0.05", 'lr = 0.05\ndata = "here"', "run 'dense': data is said where it is run: leave it out"),
+        ('norms = ["dense", "ladder"]', 'norms = ["dense", 3]', "norms is ['dense', 3], which is no tuple"),
+        ("lr = 0.05", "lr = 0.05\nseeds = 1.5", "group tiny: run 'dense': seeds is 1.5, which is no int"),
         ('start = "dense",', "seeds = 0,", "run 'ladder' has 0 seeds: it needs at least one"),
         ("[tiny]", "[tiny", "is no TOML"),
     ],
@@ -318,11 +314,11 @@ def outcome(run="x", seed=0, ratio="0.5", before=90.0, accuracy=60.0, fine_tuned
 
 def table4(*outcomes):
     ours = over_seeds(outcomes, {"g": "ResNet-56, CIFAR-10"}, "fine_tuned")
-    return tables.fine_tuned("", [*published("table4"), *ours])
+    return accuracies.fine_tuned("", [*published("table4"), *ours])
 
 
 def lost(*outcomes, title="net"):
-    return tables.lost("", [*published("no-finetuning"), *over_seeds(outcomes, {"g": title})])
+    return accuracies.lost("", [*published("no-finetuning"), *over_seeds(outcomes, {"g": title})])
 
 
 def test_a_line_of_ours_is_a_mean_over_seeds():
@@ -404,7 +400,7 @@ CALLED = {
 
 @pytest.mark.parametrize("group", recipes.read().values(), ids=lambda group: group.name)
 def test_a_line_shows_force_and_scope_that_its_run_is_named_after(group):
-    looks = pictures.looks_of(group)
+    looks = accuracies.looks_of(group)
     if "figure2" in group.shown:
         assert len(set(looks.values())) == len(looks) == len(group.recipes)
     for name, look in looks.items():
@@ -415,7 +411,7 @@ def test_a_line_shows_force_and_scope_that_its_run_is_named_after(group):
 
 
 def test_of_a_force_the_strongest_is_solid():
-    looks = pictures.looks_of(recipes.read()["resnet20-cifar10-short"])
+    looks = accuracies.looks_of(recipes.read()["resnet20-cifar10-short"])
     once = [looks[f"electrostatic, once, {alpha}"].style for alpha in ("1e-11", "1e-12", "1e-14")]
     assert once == ["-", "--", ":"]
     assert looks["electrostatic, once, filter, proximal, fading, 2e-11 (ours)"].style == "-"
@@ -480,7 +476,7 @@ def test_a_picture_says_how_many_seeds(seeds, said, tmp_path, monkeypatch):
         Mean(group.name, "R", recipe.name, "0.5", 2.0, accuracy=70, n=n)
         for recipe, n in zip(group.recipes, seeds, strict=False)
     ]
-    pictures.accuracies(tmp_path / "x", "heading", group, made, False)
+    accuracies.picture(tmp_path / "x", "heading", group, made)
     assert f"ResNet-20, CIFAR-10, whole test set: 5 epochs with each force, {said}" in {
         text.get_text() for text in drawn[0].texts
     }
@@ -506,9 +502,9 @@ def test_figure_2_in_a_table():
         for group, run, d in (("short", "L1", 0), ("long", "ladder", 1))
         for ratio, s in (("0.0", 1.0), ("0.5", 2.0))
     ]
-    text = tables.by_ratio("Figure", made, True)
+    text = accuracies.by_ratio("Figure", made)
     assert "repaired" not in text
-    assert "repaired without training" in tables.by_ratio("", [replace(made[0], repaired=50.0)], False)
+    assert "repaired without training" in accuracies.by_ratio("", [replace(made[0], repaired=50.0)])
     after, again = text.split("batch-norm statistics re-estimated")
     assert "| run | 0.0 | 0.5 | n | epochs | on |" in after
     assert "| L1 | 10.00 | 20.00 | 2 | 3 | cpu |" in after
@@ -533,7 +529,7 @@ def test_figure_3_shows_sorted_norms(reproduced):
     out, _ = reproduced
     found = rows(out / "figure3.csv")
     group = recipes.read(out / "recipes.toml")["tiny"].on("data", "cpu")
-    network = jobs.train(Job(group, group.recipe("ladder"), 0, out / "runs"), lambda _: None)
+    network = jobs.train(Job(group, group.recipe("ladder"), 0, out / "runs"), runs.Watch())
     expected = (
         network.layer1[1].conv1.weight.detach().double().abs().sum((1, 2, 3)).sort(descending=True).values
     )
@@ -628,7 +624,7 @@ def test_a_group_that_is_named_must_have_data(tmp_path):
     weights = MINE.replace("lr = 0.05", 'lr = 0.05\nweights = "w.th"\nweights_from = "there"')
     taught = MINE.replace("lr = 0.05", 'lr = 0.05\ndistil = "w.th"\nweights_from = "there"')
     for text in (weights, taught):
-        with pytest.raises(FileNotFoundError, match="no w.th in data: put the public weights of resnet14"):
+        with pytest.raises(FileNotFoundError, match="no data/w.th: put the public weights of resnet14"):
             run("table4", tmp_path, text=text)
 
 
@@ -697,7 +693,7 @@ def test_what_cannot_be_run_is_said_before_training(change, message, tmp_path, m
 
 
 def test_two_commands_do_not_share_a_folder(tmp_path):
-    with runs.alone(tmp_path / "runs"), pytest.raises(ValueError, match="another bench.paper works in"):
+    with distributed.alone(tmp_path / "runs"), pytest.raises(ValueError, match="another command works in"):
         run("table4", tmp_path)
 
 
@@ -735,7 +731,7 @@ def test_zero_epochs_take_the_first_weights(tmp_path, reproduced):
     text = text.replace(', scope = "filter", update = "proximal"', "")
     run("figure3", tmp_path, text=text)
     group = recipes.read(tmp_path / "recipes.toml")["tiny"].on("data", "cpu")
-    first, same = (jobs.train(Job(group, r, 0, tmp_path / "runs"), lambda _: None) for r in group.recipes)
+    first, same = (jobs.train(Job(group, r, 0, tmp_path / "runs"), runs.Watch()) for r in group.recipes)
     for a, b in zip(first.state_dict().values(), same.state_dict().values(), strict=True):
         assert torch.equal(a, b)
 
@@ -759,11 +755,11 @@ def test_step_times_are_paired(monkeypatch, tmp_path):
     The forces pull the 6 layers that a plan prunes.
     """
     pulled = []
-    for name in step_times.LOOPS:
-        monkeypatch.setitem(step_times.LOOPS, name, lambda weights: pulled.append(len(weights)))
+    for name in costs.LOOPS:
+        monkeypatch.setitem(costs.LOOPS, name, lambda weights: pulled.append(len(weights)))
     ticks = itertools.chain.from_iterable((0.0, 1.0 + place % 6) for place in itertools.count())
     monkeypatch.setattr(steps, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
-    monkeypatch.setattr(step_times, "STEPS", 4)
+    monkeypatch.setattr(costs, "STEPS", 4)
     text = MINE.replace('title = "ResNet-14, digits"', 'title = "ResNet-56, CIFAR-10"')
     text = text.replace('"figure3"]', '"figure3", "table3"]').replace("batch_size = 64", "batch_size = 2")
     run("table3", tmp_path, text=text)

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bench.paper import latency, norms, recipes, reproduce, speedups, step_times, tables
+from bench.paper import accuracies, costs, forces, norms, recipes, reproduce
+from bench.paper.accuracies import Mean
+from bench.paper.costs import Latency
 from bench.paper.jobs import Job, Outcome
-from bench.paper.latency import Latency
-from bench.paper.means import Mean
 from efreg.lab import engine
 from efreg.lab.logs import read_csv
 
@@ -17,10 +17,10 @@ RESULTS = Path(__file__).parents[2] / "bench" / "results"
 GROUPS = recipes.read()
 FORCES = [name for name, group in GROUPS.items() if "forces" in group.shown]
 TABLES = {
-    "speedups": (speedups.Size, speedups.table),
-    "table3": (step_times.StepTime, step_times.table),
-    "no-finetuning": (Mean, tables.lost),
-    "figure2": (Mean, lambda heading, means: tables.by_ratio(heading, means, True)),
+    "speedups": (costs.Size, costs.size_table),
+    "table3": (costs.StepTime, costs.step_table),
+    "no-finetuning": (Mean, accuracies.lost),
+    "figure2": (Mean, accuracies.by_ratio),
     "figure3": (
         norms.Norm,
         lambda heading, found: norms.table(heading, {g.name: g.title for g in GROUPS.values()}, found),
@@ -35,20 +35,20 @@ def committed(name):
 @pytest.mark.parametrize("what", TABLES)
 def test_rows_give_the_table(what):
     kind, table = TABLES[what]
-    assert table(reproduce.TITLES[what], read_csv(RESULTS / f"{what}.csv", kind)) == committed(what)
+    assert table(recipes.TITLES[what], read_csv(RESULTS / f"{what}.csv", kind)) == committed(what)
 
 
 @pytest.mark.parametrize("name", FORCES)
 def test_rows_of_forces_give_the_table(name):
     rows = read_csv(RESULTS / f"forces-{name}.csv", Outcome)
     latencies = read_csv(RESULTS / f"forces-{name}-latency.csv", Latency)
-    assert tables.forces(GROUPS[name], rows, latencies) == committed(f"forces-{name}")
+    assert forces.table(GROUPS[name], rows, latencies) == committed(f"forces-{name}")
 
 
 def test_committed_rows_need_not_be_made_again(tmp_path, monkeypatch):
     """All of the digits', through the command; the latencies are those that were measured."""
     found = RESULTS / "forces-digits-latency.csv"
-    monkeypatch.setattr(latency, "measure", lambda *_: read_csv(found, Latency))
+    monkeypatch.setattr(costs, "latencies", lambda *_: read_csv(found, Latency))
     monkeypatch.setattr(engine, "Run", lambda *_: pytest.fail("trained"))
     console = Console(file=io.StringIO())
     given = {"rows": [RESULTS / "forces-digits.csv"], "only": ["digits"], "device": "cpu"}
