@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from disk import full_disk
 from networks import assert_same, lively, snapshot
-from small_networks import NETWORKS
+from small_networks import NETWORKS, Module
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -501,6 +501,25 @@ def test_numbers_that_no_shape_tells_come_with_a_file_alone(path, caplog):
     assert not caplog.records
     efreg.load(Slices(6, 4), saved.state_dict())
     assert "does not tell whether these are right now: widths = [6, 4]; compare outputs" in caplog.text
+
+
+def test_a_part_that_has_lost_all_its_channels_comes_back(path):
+    """The width of a part of a split is 0 then."""
+
+    def turned(self, x):
+        first, rest = x.split([self.first, self.rest], 1)
+        return torch.cat([rest, first.flip(1)], 1)
+
+    def network():
+        return nn.Sequential(nn.Conv2d(2, 6, 3), Module(turned, first=4, rest=2), nn.Conv2d(6, 3, 1))
+
+    full, x = network(), torch.randn(2, 2, 5, 5)
+    with torch.no_grad():
+        full[0].weight[3:] *= 1e-2
+    small = efreg.prune(full, efreg.plan(full, ratio=0.5, example_inputs=x), example_inputs=x)
+    assert (small[1].first, small[1].rest) == (3, 0)
+    efreg.save(small, path)
+    assert torch.equal(efreg.load(network(), path)(x), small(x))
 
 
 def test_modules_with_numbers_need_a_file():

@@ -332,7 +332,9 @@ def _refit(model: nn.Module, resized: Pairs, numbers: Numbers) -> None:
 def _is_less(new: Any, own: Any) -> bool:
     """Whether a number, or a list of them, could be what a loss of channels has left of another."""
     if isinstance(own, int):
-        return isinstance(new, int) and 0 < new < own
+        return isinstance(new, int) and 0 <= new < own
     return (
-        isinstance(new, list) and len(new) == len(own) and all(0 < b <= a for a, b in zip(own, new) if a != b)
+        isinstance(new, list)
+        and len(new) == len(own)
+        and all(0 <= b <= a for a, b in zip(own, new) if a != b)
     )
