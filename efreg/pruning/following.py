@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 
 from efreg.groups import tensor_of
 from efreg.pruning.reading import Convolution, Linear, Reading
-from efreg.pruning.running import Mode, tensors_in
+from efreg.pruning.running import Mode, arguments, schema_name, tensors_in
 
 Given = Mapping[str, Any]
 """An operation's arguments, by the names that ATen's schema has for them."""
@@ -94,8 +94,8 @@ class Following(Mode):
 
     def see(self, function: OpOverload, args: tuple, kwargs: dict[str, Any]) -> Any:
         out = function(*args, **kwargs)
-        given = dict(zip((argument.name for argument in function._schema.arguments), args)) | kwargs
-        name = function._schema.name.removeprefix("aten::").removesuffix("_")
+        given = arguments(function, args, kwargs)
+        name = schema_name(function).removeprefix("aten::").removesuffix("_")
         inputs = tensors_in(given)
         self.taken_in.update(self._names[id(x)] for x in inputs if id(x) in self._names)
         first = next(iter(tensors_in(out)), None)

@@ -7,6 +7,7 @@ positions was taken apart into two of n1 and n2, or the other way round, and eit
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,7 @@ class Ids:
     def find(self, ids: np.ndarray) -> np.ndarray:
         """The root of each id's class."""
         roots = self._parent[ids]
-        while not np.array_equal(above := self._parent[roots], roots):
+        while ((above := self._parent[roots]) != roots).any():
             roots = above
         self._parent[ids] = roots
         return roots
@@ -178,7 +179,7 @@ class Ids:
             return np.broadcast_to(only.reshape(shape), sizes).reshape(-1)
         key = (*(part if part is None else part.tobytes() for part in parts), *sizes)
         if key not in self._known:
-            whole = self.fresh(int(np.prod(sizes)))
+            whole = self.fresh(prod(sizes))
             self._splits.append(Split(whole, tuple(sizes), tuple(parts), made=True))
             self._known[key] = whole
             self._known[whole.tobytes()] = self._splits[-1]

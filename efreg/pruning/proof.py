@@ -1,10 +1,10 @@
 """Proof: the pruned network computes what the given one does when nobody reads what was removed."""
 
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from traceback import walk_tb
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,13 @@ from efreg.pruning.running import (
     Mode,
     PruningError,
     Stilled,
+    arguments,
     calls,
     copy_of,
     device_of,
     forward,
     fresh_inputs,
+    schema_name,
     tensors,
     twin,
     twin_inputs,
@@ -38,6 +40,10 @@ ROUNDINGS = 2.0**-48
 """Sixteen roundings in float64. Outputs may lie as far apart as the network's own move when each of its
 parameters moves by up to this share of itself, if that is not over the tolerance in float32.
 """
+
+
+CALL = nn.Module.__call__.__code__
+"""What runs where a module is called."""
 
 
 class Unprovable(PruningError):
@@ -83,13 +89,12 @@ class Masked(Mode):
         self._operations: Counter[str] = Counter()
 
     def see(self, function: OpOverload, args: tuple, kwargs: dict[str, Any]) -> Any:
-        name = function._schema.name
+        name = schema_name(function)
         self._operations[name] += 1
         found = self._masks.get((name, self._operations[name]))
         if not found:
             return function(*args, **kwargs)
-        names = [argument.name for argument in function._schema.arguments]
-        given = dict(zip(names, args)) | kwargs
+        given = arguments(function, args, kwargs)
         for mask, stays in found:
             if mask.norm:
                 return _over_what_stays(function, given, stays)
@@ -204,14 +209,11 @@ class _Compared:
             if training:
                 return None, []
             raise
-        stack = Trail(pruned)
         try:
-            with stack:
-                found = self._outputs(pruned, call, number, training, dtype, masked=False)
+            found = self._outputs(pruned, call, number, training, dtype, masked=False)
         except ValueError as error:
-            return Failure(
-                f"without them it breaks down: {error.__cause__ or error}", stack.broken, broken=True
-            ), expected
+            said = f"without them it breaks down: {error.__cause__ or error}"
+            return Failure(said, _broken(pruned, error), broken=True), expected
         bounds = _shares(expected, TOLERANCE[dtype or torch.float32])
         reason = _difference(found, expected, bounds)
         if reason is not None and dtype == torch.float64:
@@ -305,33 +307,26 @@ class _Compared:
         inputs = twin_inputs(call, dtype)
         with _same_dice(device_of(model)):
             mask = Masked(masks, self._network, self._gone) if masks else nullcontext()
-            with torch.enable_grad(), Stilled(), mask:
+            still = Stilled() if self._network.watched.dice else nullcontext()
+            with torch.enable_grad(), still, mask:
                 outputs = tensors(forward(model, inputs))
         return [torch.view_as_real(x.detach()) if x.is_complex() else x.detach() for x in outputs]
 
 
-class Trail:
-    """Finds the innermost module in which a forward pass of the model breaks down."""
-
-    def __init__(self, model: nn.Module):
-        self._model = model
-        self._handles: list[RemovableHandle] = []
-        self.broken: str | None = None
-
-    def __enter__(self) -> "Trail":
-        for name, module in self._model.named_modules():
-            if not isinstance(module, torch.jit.ScriptModule):
-                hook = module.register_forward_hook(lambda *_, name=name: self._leave(name), always_call=True)
-                self._handles.append(hook)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _leave(self, name: str) -> None:
-        if self.broken is None and sys.exc_info()[0] is not None:
-            self.broken = name
+def _broken(model: nn.Module, error: BaseException | None) -> str | None:
+    """The innermost module of the model in which the error first came up."""
+    names = {
+        id(module): name
+        for name, module in model.named_modules()
+        if not isinstance(module, torch.jit.ScriptModule)
+    }
+    found = None
+    while error is not None:
+        frames = [frame for frame, _ in walk_tb(error.__traceback__) if frame.f_code is CALL]
+        called = (id(frame.f_locals["self"]) for frame in reversed(frames))
+        found = next((names[module] for module in called if module in names), found)
+        error = error.__context__
+    return found
 
 
 class Returns:

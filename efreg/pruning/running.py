@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 HALVES = (torch.float16, torch.bfloat16)
+SIMPLE = {type(None), bool, int, float, str}
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, Enum, type)
 
 
@@ -81,7 +82,24 @@ def tensors_in(given: Any) -> list[Tensor]:
         given = given.values()
     elif not isinstance(given, (tuple, list)):
         return []
-    return [x for item in given for x in tensors_in(item)]
+    return [x for item in given if type(item) not in SIMPLE for x in tensors_in(item)]
+
+
+@cache
+def schema_name(function: OpOverload) -> str:
+    """What ATen's schema calls an operation. To ask it makes new objects each time."""
+    return function._schema.name
+
+
+@cache
+def argument_names(function: OpOverload) -> tuple[str, ...]:
+    """What ATen's schema calls an operation's arguments."""
+    return tuple(argument.name for argument in function._schema.arguments)
+
+
+def arguments(function: OpOverload, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """An operation's arguments by the names that ATen's schema gives them."""
+    return dict(zip(argument_names(function), args)) | kwargs
 
 
 def tensors(output: Any) -> list[Tensor]:
@@ -193,7 +211,8 @@ WITHOUT = {"dropout_p": 0.0, "training": False}
 
 
 @cache
-def _throws_dice(function: OpOverload) -> bool:
+def throws_dice(function: OpOverload) -> bool:
+    """Whether an operation gives something else each time."""
     return torch.Tag.nondeterministic_seeded in function.tags
 
 
@@ -232,15 +251,14 @@ class Stilled(Mode):
     """
 
     def see(self, function: OpOverload, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if not _throws_dice(function):
+        if not throws_dice(function):
             return function(*args, **kwargs)
         if function is torch.ops.aten.native_dropout.default:
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        names = [argument.name for argument in function._schema.arguments]
-        args = tuple(WITHOUT.get(name, x) for name, x in zip(names, args))
+        args = tuple(WITHOUT.get(name, x) for name, x in zip(argument_names(function), args))
         kwargs = kwargs | {name: value for name, value in WITHOUT.items() if name in kwargs}
         out = function(*args, **kwargs)
-        name = function._schema.name.removeprefix("aten::")
+        name = schema_name(function).removeprefix("aten::")
         if name.startswith(DICE) and isinstance(out, Tensor) and out.is_floating_point():
             made_of = [] if "_like" in name else [x for x in args if isinstance(x, Tensor) and x is not out]
             out.fill_(0.5)
@@ -279,9 +297,10 @@ def copy_of(model: nn.Module) -> nn.Module:
 
     Recurrent layers' weights lie in one piece where cuDNN wants that.
     """
-    held = [x for module in model.modules() for x in vars(module).values()]
-    copies: dict[int, Any] = {id(x): x.detach().clone() for x in tensors_in(held) if not x.is_leaf}
-    copies |= {id(x): type(x)() for x in held if type(x) in (dict, OrderedDict) and not x}
+    held = [x for module in model.modules() for x in vars(module).values() if type(x) not in SIMPLE]
+    copies: dict[int, Any] = {id(x): type(x)() for x in held if type(x) in (dict, OrderedDict) and not x}
+    full = [x for x in held if id(x) not in copies]
+    copies |= {id(x): x.detach().clone() for x in tensors_in(full) if not x.is_leaf}
     copied = copy.deepcopy(model, copies)
     for parameter in copied.parameters():
         if not parameter.is_leaf:  # of a scripted module

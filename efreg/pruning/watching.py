@@ -9,6 +9,8 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -23,11 +25,14 @@ from efreg.pruning.numbers import Given, Tracked, tracked
 from efreg.pruning.running import (
     Mode,
     PruningError,
+    arguments,
     calls,
     forward,
     located,
+    schema_name,
     tensors,
     tensors_in,
+    throws_dice,
     twin,
     twin_inputs,
 )
@@ -73,7 +78,8 @@ class Watched:
     tensors: of each parameter and buffer the ids along its axes, under its first name. aliases: its others.
     parameters: which of them are parameters.
     writes, reads, carries: ids of weights' axes in the part that they play; taken: ids that something reads.
-    costs: in eval mode. masks: of each run. unseen: parameters that took part in no operation.
+    costs: in eval mode. masks: of each run. unseen: parameters that took part in no operation. dice: whether
+        an operation may throw some.
     """
 
     ids: Ids = field(default_factory=Ids)
@@ -88,6 +94,7 @@ class Watched:
     sizes: dict[tuple, Size] = field(default_factory=dict)
     masks: dict[tuple[bool, int], list[Mask]] = field(default_factory=dict)
     unseen: set[str] = field(default_factory=set)
+    dice: bool = False
 
 
 def watch(model: nn.Module, example_inputs: Any) -> Watched:
@@ -104,18 +111,21 @@ def watch(model: nn.Module, example_inputs: Any) -> Watched:
     named = _register(found, copied)
     found.parameters = {name for name, _ in copied.named_parameters()}
     found.unseen = set(found.parameters)
-    for training in (False, True):
-        copied.train(training)
-        for number, call in enumerate(examples):
-            try:
-                run = _ran(Run(found, copied, named, training), copied, twin_inputs(call))
-            except ValueError as error:
-                if not training:
-                    raise
-                logger.info("not watched in train mode: %s", error)
-                return found
-            found.masks[training, number] = run.masks + run.of_written()
-            found.unseen -= run.seen
+    stack: list[str] = []
+    with located(copied, stack), tracked(copied):
+        for training in (False, True):
+            copied.train(training)
+            for number, call in enumerate(examples):
+                try:
+                    run = _ran(Run(found, named, training, stack), copied, twin_inputs(call))
+                except ValueError as error:
+                    if not training:
+                        raise
+                    logger.info("not watched in train mode: %s", error)
+                    found.dice = True  # nobody knows
+                    return found
+                found.masks[training, number] = run.masks + run.of_written()
+                found.unseen -= run.seen
     return found
 
 
@@ -123,14 +133,7 @@ def _ran(run: "Run", model: nn.Module, call: Any) -> "Run":
     """The run, once it has seen a forward pass; what the pass kept for its gradients is gone."""
     found = run.found
     run.start(call)
-    with (
-        torch.enable_grad(),
-        located(model, run.stack),
-        tracked(model),
-        features_of(model) as features,
-        run.given,
-        run,
-    ):
+    with torch.enable_grad(), features_of(model) as features, run.given, run:
         output = forward(model, call)
     for tensor in tensors(output):
         for axis in run.axes(tensor):
@@ -209,16 +212,23 @@ def _freeze_scripted(found: Watched, model: nn.Module) -> None:
 
 
 class Run(Mode):
-    """One forward pass that is watched; what rules work with."""
+    """One forward pass that is watched; what rules work with.
+
+    stack: the names of the modules that are running, the innermost last.
+    """
 
     def __init__(
-        self, found: Watched, model: nn.Module, named: dict[int, tuple[str, Tensor]], training: bool
+        self,
+        found: Watched,
+        named: dict[int, tuple[str, Tensor]],
+        training: bool,
+        stack: Sequence[str],
     ):
         super().__init__()
         from efreg.pruning.rules import RULES, is_always, rule_of
 
         self.ids = found.ids
-        self.stack: list[str] = []
+        self.stack = stack
         called = weakref.WeakMethod(self._called)  # no cycle: what is kept is as large as a training step
 
         def tell(*call: Any) -> None:
@@ -245,9 +255,12 @@ class Run(Mode):
 
     def see(self, function: OpOverload, args: tuple, kwargs: dict[str, Any]) -> Any:
         out = function(*args, **kwargs)
-        self._name = function._schema.name
+        self._name = schema_name(function)
         self._operations[self._name] += 1
-        given = _bound(function, args, kwargs)
+        self.found.dice |= throws_dice(function)
+        given = arguments(function, args, kwargs)
+        for name in _written(function):
+            given.pop(name, None)
         inputs = tensors_in(given)
         for x in inputs:
             if id(x) in self._named:
@@ -322,7 +335,9 @@ class Run(Mode):
     def can_go(self, *axes: Axis, own: bool = False) -> bool:
         """Whether some of the ids are not frozen yet; own: of those that lie in the network's tensors."""
         parts = [part for axis in axes if axis is not None for part, _ in self.ids.made_of(axis)]
-        ids = np.concatenate([np.empty(0, np.int64), *(part for part in parts if part is not None)])
+        if not (parts := [part for part in parts if part is not None]):
+            return False
+        ids = np.concatenate(parts)
         known = self.ids.find(ids) < self._own if own else True
         return bool((known & ~self.ids.are_frozen(ids, True)).any())
 
@@ -435,7 +450,7 @@ class Run(Mode):
                 for part in ([(None, length)] if axis is None else self.ids.made_of(axis))
             ]
             known = tuple(axis for axis, _ in parts if axis is not None)
-            free = int(np.prod([length for axis, length in parts if axis is None], dtype=np.int64))
+            free = prod(length for axis, length in parts if axis is None)
             self.found.costs.append(Cost(macs * free, known))
 
     def size(self, axes: Sequence[Axis], lengths: Sequence[int]) -> None:
@@ -448,9 +463,7 @@ class Run(Mode):
                 self.found.sizes.setdefault(key, Size(module, axis, number))
 
 
-def _bound(function: OpOverload, args: Sequence, kwargs: dict) -> dict[str, Any]:
-    """The arguments by the names that ATen's schema gives them, but for those that are only written to."""
-    arguments = function._schema.arguments
-    given = dict(zip((argument.name for argument in arguments), args)) | kwargs
-    written = {argument.name for argument in arguments if argument.is_out}
-    return {name: value for name, value in given.items() if name not in written}
+@cache
+def _written(function: OpOverload) -> frozenset[str]:
+    """The arguments that an operation only writes to."""
+    return frozenset(argument.name for argument in function._schema.arguments if argument.is_out)

@@ -12,6 +12,8 @@ from importlib import import_module
 from torch import Tag, Tensor
 from torch._ops import OpOverload
 
+from efreg.pruning.running import schema_name
+
 Rule = Callable[..., None]
 
 Outputs = tuple[Tensor, ...]
@@ -42,12 +44,12 @@ def rule(*operations: str, always: bool = False) -> Callable[[Rule], Rule]:
 
 def is_always(operation: OpOverload) -> bool:
     """Whether an operation is followed though none of its inputs has ids."""
-    return operation._schema.name.removeprefix("aten::") in ALWAYS
+    return schema_name(operation).removeprefix("aten::") in ALWAYS
 
 
 def name_of(operation: OpOverload) -> str:
     """What an ATen operation is called in a message."""
-    return operation._schema.name.removeprefix("aten::").strip("_")
+    return schema_name(operation).removeprefix("aten::").strip("_")
 
 
 KINDS = "pointwise views indexing contractions norms reductions spatial recurrent unknown"
@@ -58,7 +60,7 @@ for kind in KINDS.split():
 
 def rule_of(operation: OpOverload) -> Rule:
     """The rule of an ATen operation; `unknown` where the table has none."""
-    name = operation._schema.name.removeprefix("aten::")
+    name = schema_name(operation).removeprefix("aten::")
     for known in (name, name.removesuffix("_")):
         if known in RULES:
             return RULES[known]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ def convolution(
     reads, writes = (0, 1) if transposed else (1, 0)
     space = input if transposed else out
     run.cost(
-        space.shape[0] * int(np.prod(space.shape[2:])) * int(np.prod(weight.shape[2:])),
+        space.shape[0] * prod(space.shape[2:]) * prod(weight.shape[2:]),
         *zip(run.axes(weight)[:2], weight.shape),
     )
     if groups > 1:
@@ -136,7 +137,7 @@ def linear(
     run: Run, out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any
 ) -> None:
     """x Wᵀ + b, where it comes in one piece."""
-    run.cost(int(np.prod(input.shape[:-1])), *zip(run.axes(weight), weight.shape))
+    run.cost(prod(input.shape[:-1]), *zip(run.axes(weight), weight.shape))
     run.contract(input, input.ndim - 1, weight, 1, argument="input")
     axes = [*run.axes(input)[:-1], run.write(weight, 0)]
     loud = run.is_loud(weight) or (run.is_loud(input) and run.can_go(*axes[:-1], own=True))

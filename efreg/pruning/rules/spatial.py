@@ -1,13 +1,14 @@
 """Operations over space that hand each channel on: pooling, upsampling, padding, sampling."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 from torch._ops import OpOverload
 
-from efreg.pruning.rules import Outputs, rule
+from efreg.pruning.rules import Outputs, name_of, rule
 from efreg.pruning.rules.views import together
 from efreg.pruning.watching import Run
 
@@ -40,7 +41,7 @@ PADS = [f"{kind}_pad{d}d" for d in (1, 2, 3) for kind in ("reflection", "replica
 
 def _space(function: OpOverload) -> int:
     """How many axes are space, as the operation's name says."""
-    return next(d for d in (1, 2, 3) if f"{d}d" in function._schema.name)
+    return next(d for d in (1, 2, 3) if f"{d}d" in name_of(function))
 
 
 @rule(*POOLS, *RESIZED, *PADS)
@@ -106,7 +107,7 @@ def im2col(run: Run, out: Tensor, self: Tensor, kernel_size: Sequence[int], **_:
     *batch, channels = run.axes(self)[:-2]
     for axis in run.axes(self)[-2:]:
         run.freeze(axis, PLACES)
-    repeated = None if channels is None else np.repeat(channels, int(np.prod(kernel_size)))
+    repeated = None if channels is None else np.repeat(channels, prod(kernel_size))
     run.name(out, [*batch, repeated, None])
 
 
@@ -115,5 +116,5 @@ def col2im(run: Run, out: Tensor, self: Tensor, kernel_size: Sequence[int], **_:
     """Patches put back: the channels of all places of the kernel are one."""
     *batch, columns, places = run.axes(self)
     run.freeze(places, PLACES)
-    channels = together(run, columns, int(np.prod(kernel_size)))
+    channels = together(run, columns, prod(kernel_size))
     run.name(out, [*batch, channels, None, None])
