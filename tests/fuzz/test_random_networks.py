@@ -4,6 +4,7 @@ import copy
 import logging
 from collections import Counter
 from contextlib import contextmanager
+from zlib import crc32
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from parts import PARTS, part, recorded
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import efreg
 from efreg.groups import tensor_of
@@ -23,7 +25,6 @@ TOLERANCE = 1e-9
 
 REFUSALS = (ValueError, efreg.PruningError)
 
-
 REQUESTS = st.fixed_dictionaries(
     {"ratio": st.sampled_from([0.5, 0.3, 0.8])},
     optional={"ranking": st.just("global"), "round_to": st.just(2), "coupled": st.just(False)},
@@ -32,7 +33,7 @@ REQUESTS = st.fixed_dictionaries(
 
 @pytest.mark.parametrize("number", PARTS)
 def test_networks(number, tmp_path, record_property):
-    """Planned, pruned, moved, saved and loaded, and pruned again."""
+    """Planned, pruned, moved, saved and loaded, and one in four pruned again, which takes as long."""
     counts = Counter()
 
     @part(number)
@@ -52,16 +53,15 @@ def test_networks(number, tmp_path, record_property):
             if small is None:
                 counts["unprovable"] += 1
                 return
-            hold_loaded(sketch, small, x, tmp_path / "small.safetensors")
-            again = planned(small, x, {"ratio": 0.5})
-            if again is not None:
+            hold_loaded(model, small, x, tmp_path / "small.safetensors")
+            if one_in(4, sketch) and (again := planned(small, x, {"ratio": 0.5})):
                 counts["cut twice"] += hold_cut(sketch, small, again, x) is not None
 
     hold()
     recorded(counts, record_property)
     assert counts["refused"] < 0.3 * counts["networks"]
     assert counts["coupled"] > 0.2 * counts["networks"]
-    assert counts["cut twice"] > 0.3 * counts["networks"]
+    assert counts["cut twice"] > 0.1 * counts["networks"]
 
 
 @pytest.mark.parametrize("number", PARTS)
@@ -90,6 +90,11 @@ def test_exports(number, record_property):
     recorded(counts, record_property)
 
 
+def one_in(count: int, sketch: Sketch) -> bool:
+    """Whether the network is one of those that are chosen, always the same ones."""
+    return crc32(repr(sketch).encode()) % count == 0
+
+
 def planned(model: nn.Module, x: torch.Tensor, request: dict) -> efreg.Plan | None:
     """The plan, None where there is none; what is refused is named."""
     try:
@@ -111,7 +116,7 @@ def hold_cut(sketch: Sketch, model: nn.Module, plan: efreg.Plan, x: torch.Tensor
         assert str(error).startswith("the network cannot be proven"), error
         return None
     hold_outputs(sketch, model, plan, small)
-    hold_costs(model, plan, small, x)
+    assert plan.parameters == tuple(sum(p.numel() for p in net.parameters()) for net in (model, small))
     for name, parameter in small.named_parameters():
         places = found_in(model.get_parameter(name), parameter, name)
         momentum = optimizer.state[parameter]["momentum_buffer"]
@@ -127,18 +132,47 @@ def with_momentum(model: nn.Module) -> torch.optim.SGD:
     return optimizer
 
 
+@torch.no_grad()
 def hold_outputs(sketch: Sketch, model: nn.Module, plan: efreg.Plan, small: nn.Module) -> None:
-    """In eval and train mode the outputs are those of the given network in which nobody reads what went."""
-    reference, small, x = (
-        unread(model, plan, silenced=sketch.multiplies),
-        copy.deepcopy(small),
-        sketch.inputs(),
-    )
-    for training in (False, True):
-        for expected, found in zip(reference.train(training)(x), small.train(training)(x), strict=True):
-            assert found.shape == expected.shape
-            apart = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
-            assert apart < TOLERANCE, f"outputs lie {apart:.1e} apart, training={training}"
+    """In eval and train mode the outputs are those of the given network in which nobody reads what went, and
+    cost what the plan says.
+    """
+    reference, x = unread(model, plan, silenced=sketch.multiplies), sketch.inputs()
+    hold_close(small.eval()(x), reference.eval()(x))
+    (expected, before), (found, after) = (counted(network.train(), x) for network in (reference, small))
+    hold_close(found, expected)
+    assert plan.macs == (before, after)
+
+
+def hold_close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for x, y in zip(found, expected, strict=True):
+        assert x.shape == y.shape
+        apart = (x - y).abs().max() / y.abs().max().clamp_min(1e-30)
+        assert apart < TOLERANCE, f"outputs lie {apart:.1e} apart"
+
+
+def counted(network: nn.Module, x: torch.Tensor) -> tuple[list[torch.Tensor], int]:
+    """What a network gives, and in how many multiply-accumulates."""
+    with Products() as products, sdpa_kernel(SDPBackend.MATH):
+        return network(x), products.macs
+
+
+class Products(TorchDispatchMode):
+    """Counts as torch's FlopCounterMode does, without the modules, which take it long."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if formula := flop_registry.get(function._overloadpacket):
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+    @property
+    def macs(self) -> int:
+        return self.flops // 2
 
 
 @torch.no_grad()
@@ -154,20 +188,12 @@ def unread(model: nn.Module, plan: efreg.Plan, *, silenced: bool) -> nn.Module:
     return model
 
 
-def hold_costs(model: nn.Module, plan: efreg.Plan, small: nn.Module, x: torch.Tensor) -> None:
-    """Parameters and multiply-accumulates are as the plan says, before and after."""
-    assert plan.parameters == tuple(sum(p.numel() for p in net.parameters()) for net in (model, small))
-    counted = []
-    for network in (model, small):
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            copy.deepcopy(network).train()(x)
-        counted.append(counter.get_total_flops() // 2)
-    assert plan.macs == tuple(counted)
-
-
 @torch.no_grad()
 def found_in(whole: torch.Tensor, part: torch.Tensor, name: str) -> torch.Tensor:
     """Where the numbers of a part lie in the whole, flat: along each axis at some of the places, in order."""
+    if part.shape == whole.shape:
+        assert torch.equal(part, whole), f"{name} has changed"
+        return torch.arange(whole.numel()).view(whole.shape)
     values, order = whole.flatten().sort()
     places = order[torch.searchsorted(values, part.flatten()).clamp_max(len(values) - 1)].view(part.shape)
     assert torch.equal(whole.flatten()[places], part), f"{name} has numbers of its own"
@@ -177,11 +203,16 @@ def found_in(whole: torch.Tensor, part: torch.Tensor, name: str) -> torch.Tensor
     return places
 
 
-def hold_loaded(sketch: Sketch, small: nn.Module, x: torch.Tensor, path) -> None:
-    """Saved, and loaded into the full-size network, it computes the same to the bit."""
+@torch.no_grad()
+def hold_loaded(model: nn.Module, small: nn.Module, x: torch.Tensor, path) -> None:
+    """Saved, and loaded into the full-size network, whose own numbers are gone, it computes the same to the
+    bit.
+    """
     efreg.save(small, path)
-    loaded = efreg.load(sketch.build(), path)
-    outputs = (copy.deepcopy(network).eval()(x) for network in (small, loaded))
+    for parameter in model.parameters():
+        parameter.zero_()
+    loaded = efreg.load(model, path)
+    outputs = [network.eval()(x) for network in (small, loaded)]
     assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
 
 
