@@ -69,7 +69,7 @@ def test_exports(number, record_property):
     """What is left goes through torch.export, and computes the same there."""
     counts = Counter()
 
-    @part(number, 2)
+    @part(number, 1)
     @given(sketches())
     def hold(sketch: Sketch):
         model, x = sketch.build(), sketch.inputs()

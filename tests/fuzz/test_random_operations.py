@@ -61,7 +61,14 @@ class Case:
     seed: int
 
 
-def cases() -> st.SearchStrategy:
+SIZES = st.integers(1, 12) | st.sampled_from([33, 65, 130])
+"""The units of a group."""
+
+FEW = st.integers(1, 9) | st.just(17)
+"""For the interpreter, which takes seconds for hundreds."""
+
+
+def cases(sizes: st.SearchStrategy) -> st.SearchStrategy:
     rests = st.one_of(
         st.tuples(st.integers(1, 70)),
         st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)),
@@ -70,7 +77,6 @@ def cases() -> st.SearchStrategy:
     layouts = st.sampled_from(list(LAYOUTS))
     orders = st.sampled_from(["all", "any", "some"])
     rows = st.builds(Row, orders, rests, st.integers(0, 1), layouts, st.none() | layouts | layouts)
-    sizes = st.integers(1, 12) | st.sampled_from([33, 65, 130])
     group = st.tuples(sizes, st.lists(rows, min_size=1, max_size=3).map(tuple))
     return st.builds(
         Case,
@@ -150,20 +156,20 @@ class Tensors:
 @pytest.mark.parametrize("number", PARTS)
 @pytest.mark.parametrize("name", ["reference", "cpp"])
 def test_operations(name, number, record_property):
-    hold_operations(name, number, 250, record_property)
+    hold_operations(name, number, 100, SIZES, record_property)
 
 
 @pytest.mark.parametrize("number", PARTS)
 def test_operations_in_the_interpreter(number, record_property):
-    hold_operations("triton", number, 5, record_property)
+    hold_operations("triton", number, 3, FEW, record_property)
 
 
-def hold_operations(name: str, number: int, examples: int, record_property) -> None:
+def hold_operations(name: str, number: int, examples: int, sizes, record_property) -> None:
     backend = efreg.backends.select(name, torch.device("cpu"))
     counts = Counter()
 
     @part(number, examples)
-    @given(cases())
+    @given(cases(sizes))
     def hold(case):
         counts[f"operations on {name}"] += 1
         made = Tensors(case)
@@ -188,10 +194,22 @@ def hold_charges(backend, case: Case, made: Tensors) -> None:
         close(m[g], magnitudes, 16 * eps)
         assert s[g].tolist() == signs
         close(norms[g], [math.sqrt(math.fsum(x * x for x in unit.tolist())) for unit in units], 16 * eps)
-        expected = formulas.coefficients(law, law.alpha, m[g].tolist(), s[g].tolist(), len(units[0]))
-        close(made.coefficients[start : start + size], expected, roundings(law, size) * eps)
+        hold_coefficients(made.coefficients[start : start + size], law, m[g], s[g], len(units[0]), eps)
         assert made.coefficients[start - GAP : start].isinf().all(), "what is nobody's was written"
     hold_grads(backend, made, before, law.direction, case.scale)
+
+
+def hold_coefficients(found: Tensor, law, m: Tensor, s: Tensor, size: int, eps: float) -> None:
+    """The law's, of charges that a backend may have added up in another order than where it gave them out:
+    where two lie near each other that moves what lies between by more than few roundings.
+    """
+    others = torch.where(m < m.max(), m.double() * (1 - 4 * eps), m.double())
+    expected, moved = (
+        torch.tensor(formulas.coefficients(law, law.alpha, x.tolist(), s.tolist(), size), dtype=torch.float64)
+        for x in (m, others)
+    )
+    allowed = roundings(law, len(m)) * eps * expected.abs() + (moved - expected).abs()
+    assert ((found - expected).abs() <= allowed).all()
 
 
 def doubled(tensors: list[Tensor | None]) -> list[Tensor | None]:
