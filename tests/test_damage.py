@@ -85,7 +85,7 @@ class CheckpointFile:
         net(X).sum().backward()
         optimizer.step()
         states = net.state_dict(), 1, [{"epoch": 1, "loss": 0.5}], optimizer.state_dict(), force.state_dict()
-        settings = Settings(ratio="0.5", skip=["1.0"], nested=[0, 0.5])
+        settings = Settings(ratio="0.5", skip=("1.0",), nested=(0, 0.5))
         self.written = Checkpoint(settings, 8, (3, 8, 8), *states)
         checkpoints.save(self.written, path)
 

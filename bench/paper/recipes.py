@@ -115,7 +115,7 @@ def _toml(path: Path) -> dict[str, Any]:
     """What the file says. Raises ValueError, naming it, where it is no TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no TOML: {error}") from error
 
 
@@ -143,7 +143,7 @@ def _naming(name: str) -> Iterator[None]:
     """Puts a name in front of what is wrong inside."""
     try:
         yield
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{name}: {error}") from error
 
 
@@ -189,7 +189,7 @@ def _settings(told: dict[str, Any]) -> Settings:
     if foreign := [name for name in WHERE if name in told]:
         raise ValueError(f"{foreign[0]} is said where it is run: leave it out")
     settings = made(Settings, told)
-    engine.check(replace(settings, epochs=max(1, settings.epochs), distil=None))
+    engine.check(replace(settings, epochs=settings.epochs or 1, distil=None))
     return settings
 
 
@@ -203,8 +203,8 @@ def _check(group: Group) -> None:
         raise ValueError(f"two runs are called {twice.pop()!r}: give each a name")
     if twice := {cut for cut in group.cuts if group.cuts.count(cut) > 1}:
         raise ValueError(f"cuts has {twice.pop()!r} twice: once is enough")
-    if slashed := [name for name in (group.name, *names) if "/" in name]:
-        raise ValueError(f"{slashed[0]!r} names files: take another sign than /")
+    if strange := [name for name in (group.name, *names) if {"/", "\0"} & set(name)]:
+        raise ValueError(f"{strange[0]!r} names files: take another sign than / and NUL")
     for place, recipe in enumerate(group.recipes):
         if recipe.start not in (None, RANDOM, *names[:place]):
             raise ValueError(f"run {recipe.name!r} starts from {recipe.start!r}: no run above is called so")

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from math import prod
 from pathlib import Path
+from sys import float_info
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -15,6 +16,9 @@ from efreg.disk import read_tensors, replacing, sealed, unsealed
 FORMAT = "efreg checkpoint 1"
 
 T = TypeVar("T")
+
+CALLED = {tuple: "list", float: "finite number"}
+"""What types are called for somebody who writes no Python."""
 
 LARGEST = 2**24
 """As many numbers has no image that the lab trains on."""
@@ -136,7 +140,7 @@ def made(kind: type[T], told: Mapping[str, Any]) -> T:
 def require(name: str, value: Any, kind: Any) -> None:
     """Raises TypeError, naming it, for a value that is not of this kind, as fields of dataclasses have it."""
     if not _is_of(value, kind):
-        shown = kind.__name__ if isinstance(kind, type) else kind
+        shown = CALLED.get(get_origin(kind) or kind, getattr(kind, "__name__", kind))
         raise TypeError(f"{name} is {value!r}, which is no {shown}")
 
 
@@ -147,6 +151,8 @@ def _is_of(value: Any, kind: Any) -> bool:
         return isinstance(value, tuple | list) and all(_is_of(item, get_args(kind)[0]) for item in value)
     if isinstance(value, bool):
         return kind is bool
+    if isinstance(value, int | float) and not abs(value) <= float_info.max:
+        return False
     return isinstance(value, (int, float) if kind is float else get_origin(kind) or kind)
 
 

@@ -402,11 +402,11 @@ def test_no_two_runs_share_a_name_of_files():
         ("0.4, 0.5,", '"[0, 0.5, 0.5, 0.5, 0]", 0.5,', "forces shows cuts by one share of all layers"),
         ("grid = [0.1, 10]", "grid = []", "run 'ladder': grid has the strengths to try"),
         ("grid = [0.1, 10]", "grid = [0.1], alpha = 1.0", "run 'ladder': grid has the strengths to try"),
-        ("grid = [0.1, 10]", "grid = 0.1", "run 'ladder': grid is 0.1, which is no tuple[float, ...]"),
+        ("grid = [0.1, 10]", "grid = 0.1", "run 'ladder': grid is 0.1, which is no list"),
         (
             "grid = [0.1, 10]",
             "grid = [0.1, 'x']",
-            "grid is [0.1, 'x'], which is no tuple[float, ...]",
+            "grid is [0.1, 'x'], which is no list",
         ),
         ("grid = [0.1, 10]", "grid = [0.1, 0.1]", "two runs are called 'ladder, 0.1': give each a name"),
         ("seeds = 1", "seeds = 0", "run 'no force' has 0 seeds: it needs at least one"),

@@ -230,7 +230,7 @@ def test_recipes_can_be_run(name):
         (
             'cuts = [0.0, 0.5, "[0, 0.6, 0.5, 0.25, 0]"]',
             'cuts = "0.5"',
-            "cuts is '0.5', which is no tuple",
+            "cuts is '0.5', which is no list",
         ),
         ("cuts = [0.0, 0.5, ", "cuts = [0.0, 0.5, 0.5, ", "cuts has 0.5 twice: once is enough"),
         ('name = "ladder"', 'name = "dense"', "two runs are called 'dense': give each a name"),
@@ -242,7 +242,7 @@ def test_recipes_can_be_run(name):
         ("epochs = 2", "epochs = 0", "run 'dense' has no epochs: random weights are no network to cut"),
         ('schedule = "p2"', 'schedule = "p3"', "run 'dense': fine_tune: unknown schedule 'p3'"),
         ("lr = 0.05", 'lr = 0.05\ndata = "here"', "run 'dense': data is said where it is run: leave it out"),
-        ('norms = ["dense", "ladder"]', 'norms = ["dense", 3]', "norms is ['dense', 3], which is no tuple"),
+        ('norms = ["dense", "ladder"]', 'norms = ["dense", 3]', "norms is ['dense', 3], which is no list"),
         ("lr = 0.05", "lr = 0.05\nseeds = 1.5", "group tiny: run 'dense': seeds is 1.5, which is no int"),
         ('start = "dense",', "seeds = 0,", "run 'ladder' has 0 seeds: it needs at least one"),
         ("[tiny]", "[tiny", "is no TOML"),
