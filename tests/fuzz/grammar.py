@@ -345,6 +345,29 @@ class Mlp(Block):
         return Module(lambda self, x: self.inner(x.movedim(1, -1)).movedim(-1, 1), inner=inner), c
 
 
+def along_last(self: nn.Module, x: Tensor) -> Tensor:
+    means = x.flatten(2, -2).mean(2) if x.ndim > 3 else x
+    y = self.layer(F.adaptive_avg_pool1d(means, 2).transpose(1, 2))[0].transpose(1, 2)
+    y = F.interpolate(y, x.shape[-1]).unflatten(2, (*[1] * (x.ndim - 3), -1))
+    return y.expand(-1, -1, *x.shape[2:])
+
+
+@dataclass(frozen=True)
+class Recurrent(Block):
+    """A recurrent layer over two means along the last axis, given back to all that they are of.
+
+    The plain one, which takes the fewest operations, goes both ways.
+    """
+
+    kind: str
+    width: int
+
+    def build(self, d, c):
+        both = self.kind == "RNN"
+        layer = getattr(nn, self.kind)(c, self.width, batch_first=True, bidirectional=both)
+        return Module(along_last, layer=layer), self.width * (2 if both else 1)
+
+
 @dataclass(frozen=True)
 class Taken(Block):
     """Some of the channels, in some order, some of them twice."""
@@ -459,6 +482,7 @@ LEAVES = st.one_of(
     st.builds(Scale, YES_OR_NO),
     st.builds(Attention, one_of("torch", "fused", "written out"), one_of(1, 2, 3), one_of(2, 4)),
     st.builds(Mlp, WIDTHS),
+    st.builds(Recurrent, one_of("RNN", "GRU", "LSTM"), WIDTHS),
     st.builds(
         Taken,
         one_of("every other", "all but one", "turned", "rolled", "twice", "repeated", "padded"),

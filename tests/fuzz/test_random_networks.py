@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from collections import Counter
 from contextlib import contextmanager
 from zlib import crc32
@@ -27,7 +28,12 @@ REFUSALS = (ValueError, efreg.PruningError)
 
 REQUESTS = st.fixed_dictionaries(
     {"ratio": st.sampled_from([0.5, 0.3, 0.8])},
-    optional={"ranking": st.just("global"), "round_to": st.just(2), "coupled": st.just(False)},
+    optional={
+        "ranking": st.just("global"),
+        "round_to": st.just(2),
+        "coupled": st.just(False),
+        "approximate": st.just(True),
+    },
 )
 
 
@@ -48,6 +54,7 @@ def test_networks(number, tmp_path, record_property):
                 return
             note(str(plan))
             counts["left out"] += bool(plan.left_out)
+            counts["approximate"] += is_approximate(plan)
             counts["coupled"] += any(len(c.group.of("writes")) > 1 for c in plan.cuts)
             small = hold_cut(sketch, model, plan, x)
             if small is None:
@@ -135,20 +142,26 @@ def with_momentum(model: nn.Module) -> torch.optim.SGD:
 @torch.no_grad()
 def hold_outputs(sketch: Sketch, model: nn.Module, plan: efreg.Plan, small: nn.Module) -> None:
     """In eval and train mode the outputs are those of the given network in which nobody reads what went, and
-    cost what the plan says.
+    cost what the plan says. In an approximate plan they are finite.
     """
+    tolerance = math.inf if is_approximate(plan) else TOLERANCE
     reference, x = unread(model, plan, silenced=sketch.multiplies), sketch.inputs()
-    hold_close(small.eval()(x), reference.eval()(x))
+    hold_close(small.eval()(x), reference.eval()(x), tolerance)
     (expected, before), (found, after) = (counted(network.train(), x) for network in (reference, small))
-    hold_close(found, expected)
+    hold_close(found, expected, tolerance)
     assert plan.macs == (before, after)
 
 
-def hold_close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+def is_approximate(plan: efreg.Plan) -> bool:
+    """Whether a norm is taken over what is cut, so that outputs are others."""
+    return any(cut.group.approximate for cut in plan.cuts)
+
+
+def hold_close(found: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float) -> None:
     for x, y in zip(found, expected, strict=True):
         assert x.shape == y.shape
         apart = (x - y).abs().max() / y.abs().max().clamp_min(1e-30)
-        assert apart < TOLERANCE, f"outputs lie {apart:.1e} apart"
+        assert apart < tolerance, f"outputs lie {apart:.1e} apart"
 
 
 def counted(network: nn.Module, x: torch.Tensor) -> tuple[list[torch.Tensor], int]:
