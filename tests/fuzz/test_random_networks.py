@@ -39,7 +39,7 @@ REQUESTS = st.fixed_dictionaries(
 
 @pytest.mark.parametrize("number", PARTS)
 def test_networks(number, tmp_path, record_property):
-    """Planned, pruned, moved, saved and loaded, and one in four pruned again, which takes as long."""
+    """Planned, pruned, moved, saved and loaded, and one in eight pruned again, which takes as long."""
     counts = Counter()
 
     @part(number)
@@ -61,14 +61,14 @@ def test_networks(number, tmp_path, record_property):
                 counts["unprovable"] += 1
                 return
             hold_loaded(model, small, x, tmp_path / "small.safetensors")
-            if one_in(4, sketch) and (again := planned(small, x, {"ratio": 0.5})):
+            if one_in(8, sketch) and (again := planned(small, x, {"ratio": 0.5})):
                 counts["cut twice"] += hold_cut(sketch, small, again, x) is not None
 
     hold()
     recorded(counts, record_property)
     assert counts["refused"] < 0.3 * counts["networks"]
     assert counts["coupled"] > 0.2 * counts["networks"]
-    assert counts["cut twice"] > 0.1 * counts["networks"]
+    assert counts["cut twice"] > 0.03 * counts["networks"]
 
 
 @pytest.mark.parametrize("number", PARTS)
