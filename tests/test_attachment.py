@@ -280,6 +280,20 @@ def test_a_batch_dies_with_its_use(net):
         gc.enable()
 
 
+def test_a_handle_keeps_no_model_that_its_weights_know():
+    net = small_net()
+    force = efreg.attach(net, ALPHA)
+    backward(net, batch())
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    net[0].weight.model = net  # as `fully_shard` has it
+    optimizer.step()
+    there = weakref.ref(net)
+    del net, optimizer
+    gc.collect()
+    assert there() is None
+    force.detach()
+
+
 def test_the_force_lives_as_long_as_the_model_and_not_as_its_handle():
     net = small_net()
     force = weakref.ref(efreg.attach(net, 1.0, law="l1"))

@@ -165,7 +165,7 @@ def test_sweep_writes_a_page(show):
     page = show("report.html")
     with open("run/sweep.csv", newline="") as file:
         cuts = list(csv.DictReader(file))
-    names = {"right after pruning": "accuracy", "statistics re-estimated": "recalibrated"}
+    names = {"right after pruning": "accuracy", "batch-norm statistics re-estimated": "recalibrated"}
     assert page.table("accuracies") == [
         ["%, without", *(f"{100 * float(cut['ratio']):.0f} %" for cut in cuts)],
         *([name, *(f"{float(cut[key]):.1f}" for cut in cuts)] for name, key in names.items()),

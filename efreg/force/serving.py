@@ -117,7 +117,11 @@ class Serving:
 
     def after_step(self, optimizer: Optimizer, step: int) -> None:
         """The post hook of every optimizer step."""
-        for batch, strength in self._nest.claims.pop(step, []):
+        nest = self._nest
+        claims = nest.claims.pop(step, [])
+        if not nest.claims:
+            nest.served = []  # batches hold weights, which may go with their model now
+        for batch, strength in claims:
             if self.update == "proximal":
                 found_inf = getattr(optimizer, "found_inf", None)
                 rates = batch.rates(self.law, strength)

@@ -6,6 +6,7 @@ from itertools import pairwise
 import formulas
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import efreg
 from efreg.groups import Group, Member
@@ -49,7 +50,7 @@ class Shadow:
             return torch.isin(torch.arange(group.size), torch.tensor(planned)).double()
         rows = [[] for _ in range(group.size)]
         for member in group.of("writes"):
-            filters = model.get_parameter(member.tensor).detach().movedim(member.axis, 0)
+            filters = whole(model.get_parameter(member.tensor).detach()).movedim(member.axis, 0)
             for index, unit in zip(member.index.tolist(), member.unit.tolist(), strict=True):
                 rows[unit].append(filters[index].flatten())
         m, s = formulas.statistics([torch.cat(parts) for parts in rows])
@@ -89,6 +90,11 @@ class Shadow:
                 c[member.index] = self.kept[name][member.unit]
                 found.append((member.tensor, member.axis, c))
         return found
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as it is where nothing is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class Tied(Exception):

@@ -20,10 +20,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from parts import PARTS, recorded, settled
-from shadow import Shadow, Tied, of_layers, of_plan
+from processes import meeting
+from shadow import Shadow, Tied, of_layers, of_plan, whole
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional as F
 from torch.optim import optimizer as torch_optimizer
+from torch.utils._pytree import tree_map_only
 
 import efreg
 from efreg.force import steps
@@ -103,6 +106,10 @@ class Actions(RuleBasedStateMachine):
         self.optimizer = OPTIMIZERS[self.kind](groups)
 
     @property
+    def sharded(self) -> bool:
+        return isinstance(self.model, FSDPModule)
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.model.head.weight.dtype
 
@@ -167,7 +174,7 @@ class Actions(RuleBasedStateMachine):
     @rule(which=st.integers(0, 2))
     def resume(self, which):
         """The state goes through a file to a force of the same kind."""
-        force = self.forces[which % len(self.forces)]
+        force = self.forces.pop(which % len(self.forces))
         file = io.BytesIO()
         torch.save(force.handle.state_dict(), file)
         file.seek(0)
@@ -175,6 +182,7 @@ class Actions(RuleBasedStateMachine):
         force.handle = efreg.attach(self.model, **force.options)
         force.handle.load_state_dict(torch.load(file, weights_only=True))
         assert force.handle.steps == force.shadow.served
+        self.forces.append(force)  # it acts behind the others now
 
     # Training
 
@@ -198,12 +206,14 @@ class Actions(RuleBasedStateMachine):
     def expected(self) -> dict[str, Tensor]:
         """The parameters after a step, in float64: forces, the optimizer's own step, proximal steps."""
         named = dict(self.model.named_parameters())
-        twins = {name: nn.Parameter(p.detach().double().clone()) for name, p in named.items()}
+        twins = {name: nn.Parameter(whole(p.detach()).double().clone()) for name, p in named.items()}
         names = {p: name for name, p in named.items()}
         groups = [g | {"params": [twins[names[p]] for p in g["params"]]} for g in self.optimizer.param_groups]
         twin = type(self.optimizer)(groups)
-        twin.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
-        grads = {name: None if p.grad is None else p.grad.double().clone() for name, p in named.items()}
+        twin.load_state_dict(tree_map_only(Tensor, lambda x: whole(x).clone(), self.optimizer.state_dict()))
+        grads = {
+            name: p.grad if p.grad is None else whole(p.grad).double().clone() for name, p in named.items()
+        }
         try:
             for force in self.forces:
                 chosen = force.options["layers"].filters(self.model) if "layers" in force.options else {}
@@ -228,7 +238,7 @@ class Actions(RuleBasedStateMachine):
         tolerance = 1e-4 if self.dtype == torch.float32 else 1e-9
         for name, parameter in self.model.named_parameters():
             torch.testing.assert_close(
-                parameter.double(),
+                whole(parameter.detach()).double(),
                 expected[name].detach(),
                 rtol=tolerance,
                 atol=tolerance,
@@ -238,13 +248,14 @@ class Actions(RuleBasedStateMachine):
     @precondition(lambda self: self.forces)
     @rule()
     def fail_in_a_closure(self):
-        """A step whose closure raises: the forces go on as if it had not been asked for."""
+        """A step whose closure raises: the next one goes on as if it had not been asked for."""
 
         def closure():
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
             self.optimizer.step(closure)
+        self.step(1, False, False)
 
     # The network
 
@@ -252,11 +263,21 @@ class Actions(RuleBasedStateMachine):
     def freeze_or_thaw(self, name, trained):
         self.model.get_submodule(name).requires_grad_(trained)
 
+    @precondition(lambda self: not self.sharded)
+    @rule()
+    def shard(self):
+        """Forces go on. There is no other process."""
+        self.counts["sharded"] += 1
+        fully_shard(self.model.requires_grad_(True).to(memory_format=torch.contiguous_format))
+        self.renew()
+
+    @precondition(lambda self: not self.sharded)
     @rule(dtype=st.sampled_from([torch.float32, torch.float64]), last=st.booleans())
     def move(self, dtype, last):
         self.model.to(dtype).to(memory_format=torch.channels_last if last else torch.contiguous_format)
         self.renew()
 
+    @precondition(lambda self: not self.sharded)
     @rule(name=st.sampled_from(["stem", "block", "last"]))
     def swap(self, name):
         """Another module under the same name."""
@@ -266,6 +287,7 @@ class Actions(RuleBasedStateMachine):
         setattr(self.model, name, new)
         self.renew()
 
+    @precondition(lambda self: not self.sharded)
     @rule(assign=st.booleans())
     def load(self, assign):
         state = {
@@ -275,6 +297,7 @@ class Actions(RuleBasedStateMachine):
         self.model.load_state_dict(state, assign=assign)
         self.renew()
 
+    @precondition(lambda self: not self.sharded)
     @rule()
     def use_a_copy(self):
         """A deep copy carries no force; those on the network end with it."""
@@ -293,6 +316,10 @@ class Actions(RuleBasedStateMachine):
         self.model.requires_grad_(True)
         self.step(1, True, False)
         given = {"example_inputs": self.images(2), "optimizer": self.optimizer}
+        if self.sharded:
+            with pytest.raises(efreg.PruningError, match="prune the network before it is quantised, sharded"):
+                efreg.prune(self.model, planned(*self.widths), **given)
+            return
         try:
             self.model = efreg.prune(self.model, planned(*self.widths), **given)
         except efreg.PruningError as error:
@@ -302,15 +329,14 @@ class Actions(RuleBasedStateMachine):
 
     def leave(self, *, renewed: bool = True) -> None:
         """The network that was is gone, and its forces with it."""
-        handles = [force.handle for force in self.forces]
-        self.forces = []
         if renewed:
             self.renew()
         gc.collect()
-        for handle in handles:
+        for force in self.forces:
             with pytest.raises(RuntimeError, match="the model of this force is gone"):
-                handle.charges()
-            handle.detach()
+                force.handle.charges()
+            force.handle.detach()
+        self.forces = []
 
     @invariant()
     def hooks_are_those_of_the_forces(self):
@@ -335,7 +361,14 @@ def few_objects():
     gc.unfreeze()
 
 
-@pytest.mark.usefixtures("few_objects")
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """A group of processes, of which this is the only one."""
+    with meeting(0, 1, tmp_path_factory.mktemp("processes")):
+        yield
+
+
+@pytest.mark.usefixtures("few_objects", "one_process")
 @pytest.mark.parametrize("number", PARTS)
 def test_actions(number, record_property):
     counts = Counter()
