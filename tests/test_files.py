@@ -520,6 +520,8 @@ def test_a_part_that_has_lost_all_its_channels_comes_back(path):
     assert (small[1].first, small[1].rest) == (3, 0)
     efreg.save(small, path)
     assert torch.equal(efreg.load(network(), path)(x), small(x))
+    again = efreg.prune(small, efreg.plan(small, ratio=0.5, example_inputs=x), example_inputs=x)
+    assert (again[1].first, again[1].rest) == (1, 0)
 
 
 def test_modules_with_numbers_need_a_file():

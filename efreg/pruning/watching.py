@@ -457,7 +457,7 @@ class Run(Mode):
         """Lengths that the network may have given to this operation as numbers."""
         module = self.stack[-1] if self.stack else ""
         for axis, number in zip(axes, self.given.sources(lengths)):
-            if axis is not None:
+            if axis is not None and len(axis):
                 source = getattr(number, "source", None)
                 key = source or module, len(axis), int(axis[0]), int(axis[-1])
                 self.found.sizes.setdefault(key, Size(module, axis, number))
