@@ -33,13 +33,6 @@ class Rows:
         starts = accumulate(filters, initial=0)
         return cls(weights, dims, [running(start, n) for start, n in zip(starts, filters)])
 
-    def only(self, indices: Sequence[int]) -> "Rows":
-        """Some of the rows."""
-        if len(indices) == len(self.tensors):
-            return self
-        tensors, dims, units = self.tensors, self.dims, self.units
-        return Rows([tensors[i] for i in indices], [dims[i] for i in indices], [units[i] for i in indices])
-
     def coefficients(self, coefficients: Tensor) -> list[Tensor]:
         """Those of each row's filters, 0 where there are none."""
         device = coefficients.device

@@ -109,11 +109,12 @@ class Tensors:
             for row in rows:
                 self.owners.append(g)
                 self._add(row, size, self.starts[g], weights, dims, units)
-        self.writers = len(weights)
+        count = len(weights)
         for row in case.carried:
             self._add(row, self.sizes[0], self.starts[0], weights, dims, units)
         self.rows = Rows(weights, dims, units)
-        self.groups = Groups(self.rows.only(range(self.writers)), self.sizes, self.starts, self.owners)
+        writers = Rows(*(part[:count] for part in (weights, dims, units)))
+        self.groups = Groups(writers, self.sizes, self.starts, self.owners)
         self.coefficients = torch.full((end,), math.inf, dtype=accumulator(case.dtype))
 
     def _add(self, row: Row, size: int, start: int, weights: list, dims: list, units: list) -> None:

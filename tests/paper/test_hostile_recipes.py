@@ -7,27 +7,12 @@ import json
 import math
 
 import pytest
+from test_paper import MINE
 
 from bench.paper import recipes
 from efreg.lab.checkpoints import Settings
 
 SETTINGS = [field.name for field in dataclasses.fields(Settings)]
-
-SMALL = """
-[tiny]
-title = "ResNet-14, digits"
-shown = ["table4", "figure3"]
-norms = ["dense"]
-model = "resnet14"
-dataset = "digits"
-epochs = 2
-cuts = [0.0, 0.5, "[0, 0.6, 0.5, 0.25, 0]"]
-fine_tune = { schedule = "p2", epochs = 1 }
-runs = [
-  { name = "dense" },
-  { name = "ladder", start = "dense", law = "ladder", alpha = 0.1, scope = "filter", update = "proximal" },
-]
-"""
 
 ABSURD = {
     "huge": 10**400,
@@ -106,7 +91,7 @@ def read_or_refused(file) -> bool:
 
 @pytest.mark.parametrize("value", ABSURD.values(), ids=ABSURD)
 def test_an_absurd_value_is_read_or_refused_by_name(value, tmp_path):
-    file, content = tmp_path / "mine.toml", recipes.tomllib.loads(SMALL)
+    file, content = tmp_path / "mine.toml", recipes.tomllib.loads(MINE)
     for path in places(content):
         changed = with_value(content, path, value)
         file.write_text("\n".join(f"{json.dumps(key)} = {toml(group)}" for key, group in changed.items()))
@@ -133,7 +118,7 @@ def test_a_file_of_anything_else_is_refused_by_name(text, tmp_path):
 )
 def test_numbers_and_names_that_cannot_be_are_refused(old, new, tmp_path):
     file = tmp_path / "mine.toml"
-    file.write_text(SMALL)
+    file.write_text(MINE)
     assert read_or_refused(file)
-    file.write_text(SMALL.replace(old, new))
+    file.write_text(MINE.replace(old, new))
     assert not read_or_refused(file)
